@@ -1,0 +1,37 @@
+"""Statistics of BatchNorm inputs: measure them, compare them, choose which ones a layer uses."""
+
+from kwjax.batchnorm.divergence import DIVERGENCES, bns_loss, gaussian_kl, layer_divergence, moment_l2, moment_mse, std_mse
+from kwjax.batchnorm.moments import Moments, Pooled, batch_moments, merge, pool
+from kwjax.batchnorm.observe import (
+  INPUT,
+  freeze,
+  input_moments,
+  matches,
+  observe,
+  observing,
+  recorded_moments,
+  reference_moments,
+)
+
+__all__ = [
+  "DIVERGENCES",
+  "INPUT",
+  "Moments",
+  "Pooled",
+  "batch_moments",
+  "bns_loss",
+  "freeze",
+  "gaussian_kl",
+  "input_moments",
+  "layer_divergence",
+  "matches",
+  "merge",
+  "moment_l2",
+  "moment_mse",
+  "observe",
+  "observing",
+  "pool",
+  "recorded_moments",
+  "reference_moments",
+  "std_mse",
+]

@@ -1,0 +1,94 @@
+"""Mean and variance of a layer's input: of one batch, over devices, and of a whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Array = jax.Array
+
+
+class Moments(NamedTuple):
+  """Per channel moments; always: biased variance (divided by n), float32.
+
+  PyTorch's running variance is the unbiased one (divided by n - 1). It is taken as it is: at the thousands of pixels that
+  a BatchNorm layer averages over, the factor n / (n - 1) is far below the statistics' own noise.
+  """
+
+  mean: Array
+  var: Array
+
+
+def batch_moments(x: Array, *, feature_axis: int = -1, shift: Array | None = None, axis_name: str | None = None) -> Moments:
+  """Biased moments of x over all axes but the feature axis, in float32.
+
+  mean = s + E[x - s],  var = E[(x - s)^2] - E[x - s]^2, with s the shift.
+
+  With s near the true mean the one pass over the data loses no digits (with s = 0 the variance is wrong by 2e-3 at mean
+  10 and standard deviation 0.1), and one collective a layer is enough, where the two-pass form needs two.
+
+  Args:
+    x: activations, any float type, feature axis of size c.
+    feature_axis: the axis that is kept.
+    shift: f32[c], a constant near the mean, such as the running mean; no gradient flows to it. Default zero.
+    axis_name: mapped axis whose devices hold equal shares of the batch; moments are over all of them.
+
+  Returns:
+    Moments f32[c].
+
+  Source: Chan, Golub & LeVeque (1983), "Algorithms for computing the sample variance", shifted data.
+  """
+  x = jnp.moveaxis(jnp.asarray(x, jnp.float32), feature_axis, -1)
+  axes = tuple(range(x.ndim - 1))
+  s = jnp.zeros(x.shape[-1], jnp.float32) if shift is None else lax.stop_gradient(jnp.asarray(shift, jnp.float32))
+  centred = x - s
+  first, second = jnp.mean(centred, axes), jnp.mean(jnp.square(centred), axes)
+  if axis_name is not None:
+    first, second = lax.pmean(jnp.stack([first, second]), axis_name)
+  # Rounding can leave a constant channel slightly below zero, and log() of that is NaN.
+  return Moments(s + first, jnp.maximum(second - jnp.square(first), 0.0))
+
+
+def pool(parts: Sequence[Moments]) -> Moments:
+  """Moments of the union of equally large samples (the calls of a shared layer).
+
+  mean = avg(mean_i),  var = avg(var_i) + avg((mean_i - mean)^2).
+  """
+  if len(parts) == 1:
+    return parts[0]
+  means, variances = jnp.stack([p.mean for p in parts]), jnp.stack([p.var for p in parts])
+  mean = means.mean(0)
+  return Moments(mean, variances.mean(0) + jnp.square(means - mean).mean(0))
+
+
+class Pooled(NamedTuple):
+  """Running moments of a stream, float64 on the host, with the number of samples seen."""
+
+  count: float
+  mean: np.ndarray
+  var: np.ndarray
+
+
+def merge(total: Pooled | None, batch: Moments, count: float) -> Pooled:
+  """Add a batch to a stream exactly: Chan's update of mean and biased variance.
+
+  delta = mean_b - mean_a,  mean = mean_a + delta n_b / n,
+  var = (n_a var_a + n_b var_b) / n + delta^2 n_a n_b / n^2.
+
+  Args:
+    total: what was seen so far, or None.
+    batch: moments of the batch, [c].
+    count: number of samples behind them (images will do: every image has the same number of pixels).
+  """
+  mean, var = np.asarray(batch.mean, np.float64), np.asarray(batch.var, np.float64)
+  if total is None:
+    return Pooled(float(count), mean, var)
+  n = total.count + count
+  delta = mean - total.mean
+  pooled_var = (total.count * total.var + count * var) / n + delta**2 * (total.count * count / n**2)
+  return Pooled(n, total.mean + delta * (count / n), pooled_var)

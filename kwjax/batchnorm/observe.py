@@ -1,0 +1,208 @@
+"""Read BatchNorm statistics off a forward pass, and choose which statistics each layer normalizes with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kwjax import intercept
+from kwjax.batchnorm.moments import Moments, batch_moments, pool
+from kwjax.errors import KwjaxError, NoBatchNormError
+from kwjax.network import ApplyFn, Array, Network, Variables
+
+INPUT = "input"
+"""Name of the virtual layer whose statistics are the data set's mean and standard deviation."""
+
+Mode = Literal["running", "current", "frozen"]
+"""running: the stored statistics (evaluation). current: this batch's. frozen: moments the caller hands in."""
+
+_MOMENTS = "moments"
+_FROZEN = "frozen_moments"
+
+
+def matches(layer: str, patterns: Iterable[str]) -> bool:
+  """Whether a layer's path equals one of the patterns or is matched in full by it as a regular expression."""
+  return any(layer == pattern or re.fullmatch(pattern, layer) for pattern in patterns)
+
+
+def observing(
+  apply: ApplyFn,
+  *,
+  axis_name: str | None = None,
+  current: Sequence[str] = (),
+  record_moments: bool = True,
+) -> ApplyFn:
+  """Wrap `apply`: record the moments of every BatchNorm input, and normalize with the chosen statistics.
+
+  Normalization runs here, never in the layer: BatchNorm's own switch is an attribute or an argument that its caller has
+  already fixed. y = (x - mean) / sqrt(var + eps) * scale + bias, with the layer's own eps, scale and bias, in float32.
+
+  Args:
+    apply: what to wrap.
+    axis_name: mapped axis over whose devices batch statistics are averaged, one collective a layer.
+    current: paths or regular expressions of the layers that use this batch's statistics; "" matches none, ".*" all.
+      Layers that `freeze` attached moments to use those; the others use the running statistics.
+    record_moments: whether to leave moments for `recorded_moments`.
+  """
+
+  def handle(module: nn.Module, x: Array, proceed: Callable[[Array], Array]) -> Array:
+    assert isinstance(module, nn.BatchNorm)
+    name = intercept.layer_name(module)
+    running = running_moments(module)
+    frozen = intercept.provided(module, _FROZEN)
+    use_current = frozen is None and matches(name, current)
+    moments = None
+    if record_moments or use_current:
+      moments = batch_moments(x, feature_axis=_axis(module), shift=running.mean, axis_name=axis_name)
+    if record_moments:
+      intercept.record(module, _MOMENTS, moments)
+    chosen = moments if use_current else frozen if frozen is not None else running
+    assert chosen is not None
+    return normalize(module, x, chosen)
+
+  return intercept.intercept(apply, lambda module: isinstance(module, nn.BatchNorm), handle)
+
+
+def _axis(module: nn.BatchNorm) -> int:
+  if isinstance(module.axis, (tuple, list)):
+    raise KwjaxError(f"layer {intercept.layer_name(module)} normalizes over several feature axes {module.axis}; one is supported")
+  return module.axis
+
+
+def running_moments(module: nn.BatchNorm) -> Moments:
+  """The stored statistics of a bound BatchNorm layer, as they are (PyTorch's variance is the unbiased one); f32[c]."""
+  return Moments(module.get_variable("batch_stats", "mean"), module.get_variable("batch_stats", "var"))
+
+
+def normalize(module: nn.BatchNorm, x: Array, moments: Moments) -> Array:
+  """(x - mean) / sqrt(var + eps) * scale + bias with the layer's own eps, scale, bias and result type; like x."""
+  axis = _axis(module) % x.ndim
+  shape = [1] * x.ndim
+  shape[axis] = x.shape[axis]
+  multiplier = jax.lax.rsqrt(moments.var + module.epsilon)
+  scale = module.get_variable("params", "scale") if module.use_scale else None
+  bias = module.get_variable("params", "bias") if module.use_bias else None
+  dtype = module.dtype or jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
+  if scale is not None:
+    multiplier = multiplier * scale
+  y = (x - moments.mean.reshape(shape)) * multiplier.reshape(shape)
+  if bias is not None:
+    y = y + bias.reshape(shape)
+  return jnp.asarray(y, dtype)
+
+
+def freeze(variables: Variables, moments: Mapping[str, Moments]) -> Variables:
+  """Attach moments to layers: under `observing` these layers normalize with them, whatever the batch holds."""
+  return intercept.provide(variables, _FROZEN, moments)
+
+
+def recorded_moments(mutated: Variables) -> dict[str, Moments]:
+  """Moments that `observing` recorded, `{layer: Moments f32[c]}`; layers under nn.scan are named `path[i]`.
+
+  A layer that was called several times gets the moments of all its inputs together.
+  """
+  found: dict[str, Moments] = {}
+  for name, calls in intercept.collect(mutated, _MOMENTS).items():
+    found.update(_unstack(name, pool(calls)))
+  return found
+
+
+def _unstack(name: str, moments: Moments) -> dict[str, Moments]:
+  if moments.mean.ndim == 1:
+    return {name: moments}
+  mean, var = (m.reshape(-1, m.shape[-1]) for m in moments)
+  return {f"{name}[{i}]": Moments(mean[i], var[i]) for i in range(mean.shape[0])}
+
+
+def input_moments(images: Array, network: Network, *, axis_name: str | None = None) -> Moments:
+  """Moments f32[c] of images f32[b,h,w,c] in [0,1] themselves: the virtual layer `input`."""
+  return batch_moments(images, shift=jnp.asarray(network.input_mean, jnp.float32), axis_name=axis_name)
+
+
+def observe(
+  network: Network,
+  images: Array,
+  *,
+  axis_name: str | None = None,
+  current: Sequence[str] = (),
+  include_input: bool = False,
+) -> tuple[Array, dict[str, Moments]]:
+  """Logits, and the moments of every BatchNorm input, of one batch.
+
+  Args:
+    network: any network with `nn.BatchNorm`, float or quantized.
+    images: f32[b,h,w,c] in [0,1].
+    axis_name: mapped axis over whose devices the moments are taken.
+    current: paths or regular expressions of the layers that normalize with this batch's statistics.
+    include_input: count the images themselves as the layer `input`.
+
+  Returns:
+    logits f32[b,k] and `{layer: Moments f32[c]}` in execution order.
+
+  Raises:
+    NoBatchNormError: the network has no BatchNorm.
+  """
+  logits, mutated = observing(network.forward, axis_name=axis_name, current=current)(network.variables, images)
+  moments = recorded_moments(mutated)
+  if not moments:
+    raise no_batch_norm(network.name)
+  moments = intercept.in_order(moments, intercept.batch_norm_layers(_float(network)))
+  if include_input:
+    moments = {INPUT: input_moments(images, network, axis_name=axis_name), **moments}
+  return logits, moments
+
+
+def reference_moments(network: Network, *, include_input: bool = False) -> dict[str, Moments]:
+  """The running statistics of every BatchNorm layer, `{layer: Moments f32[c]}` in execution order.
+
+  Args:
+    network: any network with `nn.BatchNorm`.
+    include_input: add the data set's mean and variance, in [0,1] pixel units, as the layer `input`.
+
+  Raises:
+    NoBatchNormError: the network has no BatchNorm.
+  """
+  network = _float(network)
+  stats = flax.traverse_util.flatten_dict(dict(network.variables.get("batch_stats", {})), sep="/")
+  names = intercept.batch_norm_layers(network)
+  if not names:
+    raise no_batch_norm(network.name)
+  found: dict[str, Moments] = {}
+  if include_input:
+    found[INPUT] = Moments(jnp.asarray(network.input_mean), jnp.square(jnp.asarray(network.input_std)))
+  for name in names:
+    prefix = "" if name == "<top>" else f"{name}/"
+    found.update(_unstack(name, Moments(stats[f"{prefix}mean"], stats[f"{prefix}var"])))
+  return found
+
+
+def _float(network: Network) -> Network:
+  """The float network behind a quantized one."""
+  return getattr(network, "network", network)
+
+
+def no_batch_norm(name: str) -> NoBatchNormError:
+  """The error for a network without BatchNorm: it names the schemes that still work."""
+  return NoBatchNormError(
+    f"network {name} has no BatchNorm layer, and so no statistics to synthesize from or to compare with: "
+    'use the schemes that need none, "gaussian" (G) or "inception" (I)'
+  )
+
+
+def check_statistics(network: Network) -> None:
+  """Refuse statistics that no data can have been summarised by.
+
+  Raises:
+    KwjaxError: a running variance is negative or a statistic is not finite, by layer.
+  """
+  for name, moments in reference_moments(network).items():
+    mean, var = np.asarray(moments.mean), np.asarray(moments.var)
+    if not (np.isfinite(mean).all() and np.isfinite(var).all()) or (var < 0).any():
+      raise KwjaxError(f"layer {name} of {network.name} has a negative or non-finite running variance or mean")

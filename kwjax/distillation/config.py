@@ -1,0 +1,145 @@
+"""Settings of a distillation run, and the published settings as presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import optax
+
+from kwjax.distillation.mixup import Mixup
+from kwjax.errors import KwjaxError
+
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(key, images f32[b,h,w,c] in [0,1]) -> the same shape`; called with one image at a time, each with its own key."""
+
+# Where they decide only when the host looks or what memory holds; a run may be resumed with others.
+_WITHOUT_EFFECT = ("log_every", "checkpoint_every", "resident_bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+  """How a student is trained; loss = kl_weight * KL + iq_weight * IQ.
+
+  Attributes:
+    steps: SGD steps.
+    batch_size: images a step, over all devices.
+    learning_rate: its peak, after the warm-up. 0.1 is published for 16,000 steps and more; 0.01 suits a few hundred.
+    momentum: of SGD.
+    nesterov: whether the momentum is Nesterov's.
+    weight_decay: L2 penalty on all parameters, added to the gradient before the momentum.
+    warmup_steps: steps of linear warm-up; the cosine to zero takes the rest.
+    temperature: T of `kl_divergence`.
+    kl_weight: alpha of Algorithm 2.
+    iq_weight: beta of Algorithm 2; 0 leaves the stages out.
+    stages: modules whose outputs IQ compares; None: those of `stage_outputs`, if there are any.
+    mixup: how inputs are mixed, or None.
+    batch_norm: "train": the student normalizes with the statistics of the batch over all devices, and its running ones
+      follow with each layer's own momentum. "frozen": it normalizes with the running ones, which stay as they are; the
+      paper's choice for Gaussian images, whose statistics are not those of the data.
+    augment: applied to each image before mixing, or None; a function that is a module's attribute, so that a resumed
+      run can tell that it is the same one.
+    log_every: steps between two looks at the metrics; the host waits for the device there only.
+    checkpoint_every: steps between checkpoints, where there is a working folder.
+    resident_bytes: image sets up to this size are held on the devices (the sum of their copies), larger ones on
+      the host.
+  """
+
+  steps: int
+  batch_size: int = 256
+  learning_rate: float = 0.1
+  momentum: float = 0.9
+  nesterov: bool = False
+  weight_decay: float = 0.0
+  warmup_steps: int = 0
+  temperature: float = 1.0
+  kl_weight: float = 1.0
+  iq_weight: float = 1e-3
+  stages: tuple[str, ...] | None = None
+  mixup: Mixup | None = None
+  batch_norm: Literal["train", "frozen"] = "train"
+  augment: Augment | None = None
+  log_every: int = 10
+  checkpoint_every: int = 200
+  resident_bytes: int = 2 << 30
+
+  def __post_init__(self) -> None:
+    if self.stages is not None:
+      object.__setattr__(self, "stages", tuple(self.stages))
+    for name in ("batch_size", "log_every", "checkpoint_every"):
+      if getattr(self, name) < 1:
+        raise KwjaxError(f"{name} must be at least 1, found {getattr(self, name)}")
+    if self.steps < 0 or not 0 <= self.warmup_steps <= self.steps:
+      raise KwjaxError(f"warmup_steps must lie between 0 and steps, found {self.warmup_steps} of {self.steps} steps")
+    for name in ("learning_rate", "temperature"):
+      if not getattr(self, name) > 0.0:
+        raise KwjaxError(f"{name} must be positive, found {getattr(self, name)}")
+    for name in ("kl_weight", "iq_weight", "weight_decay", "momentum"):
+      if not getattr(self, name) >= 0.0:
+        raise KwjaxError(f"{name} must not be negative, found {getattr(self, name)}")
+    if self.kl_weight == 0.0 and self.iq_weight == 0.0:
+      raise KwjaxError("kl_weight and iq_weight are both 0: there is nothing to learn from")
+    if self.batch_norm not in ("train", "frozen"):
+      raise KwjaxError(f"unknown batch_norm {self.batch_norm!r}; known: train, frozen")
+
+  @classmethod
+  def preset(cls, name: str, **changes: Any) -> DistillConfig:
+    """Published settings, or those measured to suit a short run; `changes` replace fields.
+
+    - "cifar": 16,000 steps (80 epochs of 200), batch 256, learning rate 0.1, IQ weight 1e-3, mixup 0.5; Haroush et al.
+      (2020), section 4.2 and appendix.
+    - "imagenet": 44,000 steps (110 epochs of 400), IQ weight 1e-2 (the appendix; section 4.2 says 1e-3).
+    - "short": 200 steps of 128, learning rate 0.01, no IQ and no mixup, which do not pay before some thousand steps.
+
+    The paper's "short warm-up" is read as one epoch.
+
+    Raises:
+      KwjaxError: there is no such preset.
+    """
+    if name not in _PRESETS:
+      raise KwjaxError(f"unknown preset {name!r}; known: {', '.join(_PRESETS)}")
+    return cls(**{**_PRESETS[name], **changes})
+
+  def replace(self, **changes: Any) -> DistillConfig:
+    """A copy with some fields changed."""
+    return dataclasses.replace(self, **changes)
+
+  def learning_rate_at(self) -> optax.Schedule:
+    """Step -> learning rate: linear to the peak, reached at step `warmup_steps`, then a cosine to zero at step `steps`.
+
+    lr(t) = peak (t + 1) / (w + 1) for t < w, and peak (1 + cos(pi (t - w) / (steps - w))) / 2 from t = w on. The
+    warm-up starts above zero, so that the first step is not lost.
+    """
+    cosine = optax.cosine_decay_schedule(self.learning_rate, max(self.steps - self.warmup_steps, 1))
+    if self.warmup_steps == 0:
+      return cosine
+    first = self.learning_rate / (self.warmup_steps + 1)
+    warmup = optax.linear_schedule(first, self.learning_rate, self.warmup_steps)
+    return optax.join_schedules([warmup, cosine], [self.warmup_steps])
+
+  def optimizer(self) -> optax.GradientTransformation:
+    """SGD: v <- momentum v + g + weight_decay w;  w <- w - lr v, as PyTorch's."""
+    sgd = optax.sgd(self.learning_rate_at(), momentum=self.momentum or None, nesterov=self.nesterov)
+    return optax.chain(optax.add_decayed_weights(self.weight_decay), sgd) if self.weight_decay else sgd
+
+  def to_json(self) -> dict[str, Any]:
+    """The settings that decide the result, JSON-able; functions by name."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _WITHOUT_EFFECT}
+    fields["mixup"] = None if self.mixup is None else dataclasses.asdict(self.mixup)
+    fields["augment"] = None if self.augment is None else _function_name(self.augment)
+    return fields
+
+
+def _function_name(function: Augment) -> str:
+  named = function if hasattr(function, "__qualname__") else getattr(function, "func", type(function))
+  return f"{named.__module__}.{named.__qualname__}"
+
+
+_PAPER = {"batch_size": 256, "learning_rate": 0.1, "mixup": Mixup(lam=0.5)}
+_PRESETS: Mapping[str, Mapping[str, Any]] = {
+  "cifar": {**_PAPER, "steps": 16_000, "warmup_steps": 200, "iq_weight": 1e-3},
+  "imagenet": {**_PAPER, "steps": 44_000, "warmup_steps": 400, "iq_weight": 1e-2},
+  "short": {"steps": 200, "batch_size": 128, "learning_rate": 0.01, "iq_weight": 0.0},
+}

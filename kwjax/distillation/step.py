@@ -1,0 +1,207 @@
+"""Algorithm 2: one step of training a student on a batch; pure, for one device and for many."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+
+from kwjax import intercept
+from kwjax.batchnorm import observing, recorded_moments
+from kwjax.batchnorm.observe import running_moments
+from kwjax.distillation.config import DistillConfig
+from kwjax.distillation.features import recorded_features, recording_features, resolve_stages
+from kwjax.distillation.losses import kl_divergence, stage_losses
+from kwjax.intercept import Forwardable
+from kwjax.network import ApplyFn, Array, Variables
+from kwjax.runtime import parallel
+
+_MOMENTUM = "momentum"
+
+
+class Trainable(Forwardable, Protocol):
+  """A network that can be rebuilt with other variables: `Network`, `QuantizedNetwork`."""
+
+  def replace(self, **changes: Any) -> Any:
+    """A copy with some fields changed."""
+    ...
+
+
+Student = TypeVar("Student", bound=Trainable)
+
+
+class DistillState(NamedTuple, Generic[Student]):
+  """A student in training.
+
+  Attributes:
+    step: i32[], steps done.
+    student: with its current variables.
+    optimizer: momentum of every parameter, and the step of the schedule.
+    bad_step: i32[], the first step at which a term was not finite, or -1. Kept here so that no step waits for the host.
+    bad_term: i32[], which term it was, an index into `watched_terms`.
+  """
+
+  step: Array
+  student: Student
+  optimizer: optax.OptState
+  bad_step: Array
+  bad_term: Array
+
+
+def initial_state(student: Student, config: DistillConfig) -> DistillState[Student]:
+  """State before the first step; it holds copies, because a step may reuse the memory of the state it is given."""
+  student = jax.tree.map(jnp.array, student)
+  optimizer = config.optimizer().init(student.variables["params"])
+  return DistillState(jnp.int32(0), student, optimizer, jnp.int32(-1), jnp.int32(0))
+
+
+def watched_terms(stages: tuple[str, ...]) -> tuple[str, ...]:
+  """Names of what a step checks to be finite, in the order in which a forward and backward pass meets it."""
+  return ("the teacher's logits", *(f"the IQ term of stage {stage}" for stage in stages), "the KL term", "the gradient")
+
+
+def track_statistics(apply: ApplyFn, axis_name: str | None) -> ApplyFn:
+  """Wrap `apply`: normalize with the statistics of the batch over all devices, recorded for `updated_statistics`."""
+
+  def note(module: nn.Module, x: Array, proceed: Any) -> Any:
+    y = proceed(x)
+    assert isinstance(module, nn.BatchNorm)
+    # Of the statistics' shape: inside nn.scan it is stacked as they are.
+    intercept.record(module, _MOMENTUM, jnp.full_like(running_moments(module).mean, module.momentum))
+    return y
+
+  tracked = observing(apply, axis_name=axis_name, current=(".*",))
+  return intercept.intercept(tracked, lambda module: isinstance(module, nn.BatchNorm), note)
+
+
+def updated_statistics(batch_stats: Variables, mutated: Variables) -> dict[str, Any]:
+  """Running statistics after a batch: m old + (1 - m) batch, with each layer's own momentum m (PyTorch's is 1 - m).
+
+  The variance of the batch is the biased one, as Flax has it. A layer that was called several times counts all its
+  inputs together, once.
+
+  Args:
+    batch_stats: the collection before the batch.
+    mutated: what a forward pass under `track_statistics` returned.
+
+  Returns:
+    A collection like `batch_stats`.
+  """
+  measured = recorded_moments(mutated)
+  flat = flax.traverse_util.flatten_dict(dict(batch_stats))
+  for layer, (momentum, *_) in intercept.collect(mutated, _MOMENTUM).items():
+    path = () if layer == "<top>" else tuple(layer.split("/"))
+    parts = [measured[layer]] if layer in measured else []
+    while f"{layer}[{len(parts)}]" in measured:
+      parts.append(measured[f"{layer}[{len(parts)}]"])
+    for field in ("mean", "var"):
+      old = flat[(*path, field)]
+      batch = jnp.stack([getattr(part, field) for part in parts]).reshape(old.shape)
+      flat[(*path, field)] = momentum * old + (1.0 - momentum) * batch
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+def distill_loss(
+  params: Any,
+  student: Trainable,
+  images: Array,
+  teacher_logits: Array,
+  teacher_features: dict[str, Array],
+  config: DistillConfig,
+  *,
+  axis_name: str | None = None,
+) -> tuple[Array, tuple[Array, dict[str, Array], Array, Any]]:
+  """kl_weight * KL + iq_weight * IQ of one batch, this device's share of it.
+
+  Args:
+    params: parameters to differentiate by, in place of the student's own.
+    student: everything else: running statistics, activation ranges, structure.
+    images: f32[b,h,w,c] in [0,1].
+    teacher_logits: f32[b,k].
+    teacher_features: `{stage: f32[b,h,w,c]}`, empty without IQ.
+    config: weights, temperature and mode of BatchNorm.
+    axis_name: mapped axis of the devices.
+
+  Returns:
+    loss f32[]; `(KL f32[], IQ terms {stage: f32[]}, logits f32[b,k], batch_stats after the batch)`.
+  """
+  trains = config.batch_norm == "train"
+  apply = track_statistics(student.forward, axis_name) if trains else observing(student.forward, record_moments=False)
+  variables = {**student.variables, "params": params}
+  logits, mutated = recording_features(apply, tuple(teacher_features))(variables, images)
+  stages = stage_losses(recorded_features(mutated), teacher_features)
+  kl = kl_divergence(logits, teacher_logits, temperature=config.temperature)
+  loss = config.kl_weight * kl + config.iq_weight * sum(stages.values(), jnp.float32(0.0))
+  batch_stats = variables.get("batch_stats", {})
+  return loss, (kl, stages, logits, updated_statistics(batch_stats, mutated) if trains else batch_stats)
+
+
+def distill_step(
+  state: DistillState[Student],
+  batch: Array,
+  teacher: Forwardable,
+  config: DistillConfig,
+  axis_name: str | None = None,
+) -> tuple[DistillState[Student], dict[str, Array]]:
+  """One step of Algorithm 2: teacher forward, student forward and backward, SGD with momentum, running statistics.
+
+  The student's activation ranges are not trained; a fake-quantized student takes its weight scales anew from its
+  weights in each forward pass.
+
+  Args:
+    state: the student, the same on every device.
+    batch: f32[b,h,w,c] in [0,1], this device's share, augmented and mixed; both networks see it.
+    teacher: in evaluation mode; evaluated once, without a gradient.
+    config: what to optimize and how.
+    axis_name: mapped axis of the devices.
+
+  Returns:
+    The next state and metrics f32[], averaged over devices: loss, kl, iq, agreement (share of images on which both
+    networks choose the same class), gradient_norm, learning_rate.
+
+  Raises:
+    KwjaxError: a stage of the configuration is missing in a network.
+
+  Source: Haroush et al. (2020), "The Knowledge Within", Algorithm 2.
+  """
+  stages = resolve_stages(state.student, teacher, config.stages) if config.iq_weight > 0.0 else ()
+  watch_teacher = recording_features(observing(teacher.forward, record_moments=False), stages)
+  teacher_logits, recorded = jax.lax.stop_gradient(watch_teacher(teacher.variables, batch))
+  features = recorded_features(recorded)
+  teacher_features = {stage: features[stage] for stage in stages}
+
+  def loss_of(params: Any) -> Any:
+    return distill_loss(params, state.student, batch, teacher_logits, teacher_features, config, axis_name=axis_name)
+
+  params = state.student.variables["params"]
+  (loss, (kl, iq, logits, batch_stats)), gradient = parallel.value_and_grad_of_copy(loss_of, axis_name)(params)
+  updates, optimizer = config.optimizer().update(gradient, state.optimizer, params)
+  variables = {**state.student.variables, "params": optax.apply_updates(params, updates)}
+  if "batch_stats" in variables:
+    variables["batch_stats"] = batch_stats
+
+  agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1))
+  kl, iq, agreement, level = parallel.mean((kl, iq, agreement, jnp.mean(teacher_logits)), axis_name)
+  norm = optax.global_norm(gradient)
+  is_bad = ~jnp.isfinite(jnp.stack([level, *(iq[stage] for stage in stages), kl, norm]))
+  first_time = jnp.any(is_bad) & (state.bad_step < 0)
+  next_state = DistillState(
+    step=state.step + 1,
+    student=state.student.replace(variables=variables),
+    optimizer=optimizer,
+    bad_step=jnp.where(first_time, state.step, state.bad_step),
+    bad_term=jnp.where(first_time, jnp.argmax(is_bad).astype(jnp.int32), state.bad_term),
+  )
+  metrics = {
+    "loss": loss,
+    "kl": kl,
+    "iq": sum(iq.values(), jnp.float32(0.0)),
+    "agreement": agreement,
+    "gradient_norm": norm,
+    "learning_rate": jnp.asarray(config.learning_rate_at()(state.step), jnp.float32),
+  }
+  return next_state, metrics

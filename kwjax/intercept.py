@@ -1,0 +1,259 @@
+"""The only file that knows Flax's method interceptors: change a layer's call from outside, and carry values in and out.
+
+Values travel as variables of the `batch_stats` collection under reserved names. That collection is the one that every
+module with BatchNorm already lifts through `nn.remat`, `nn.scan` and `nn.vmap`; a closure would leak tracers there, and a
+collection of our own would be dropped by `nn.scan`. Inside `nn.scan` the values are sliced and stacked along the layer axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from kwjax.errors import KwjaxError
+from kwjax.network import ApplyFn, Array, FrozenInfo, Network, Variables
+
+_COLLECTION = "batch_stats"
+_RECORD = "kwjax_out"
+_PROVIDED = "kwjax_in"
+
+
+class Forwardable(Protocol):
+  """What analysis and training need of a network; `Network` and `QuantizedNetwork` both are one."""
+
+  @property
+  def name(self) -> str: ...
+  @property
+  def variables(self) -> Any: ...
+  @property
+  def image_shape(self) -> tuple[int, int, int]: ...
+  def forward(self, variables: Any, images: Array) -> tuple[Array, Any]: ...
+  def apply(self, images: Array) -> Array: ...
+
+
+Handler = Callable[[nn.Module, Array, Callable[[Array], Any]], Any]
+"""`(module, first input, proceed) -> output`; `proceed(x)` runs the layer on x."""
+
+
+def layer_name(module: nn.Module) -> str:
+  """Path of a module's variables, `layer1_0/bn1`; the top module itself is `<top>`."""
+  return "/".join(module.path) or "<top>"
+
+
+def intercept(apply: ApplyFn, selects: Callable[[nn.Module], bool], handle: Handler) -> ApplyFn:
+  """Wrap `apply` so that `handle` runs in place of the `__call__` of every selected module.
+
+  The interceptor is entered inside the returned function, hence inside whatever jit traces it: entered outside, a function
+  that was already traced would ignore it silently.
+  """
+
+  def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+    module = context.module
+    if context.method_name != "__call__" or module.is_initializing() or not selects(module):
+      return next_fun(*args, **kwargs)
+    if args:
+      return handle(module, args[0], lambda x: next_fun(x, *args[1:], **kwargs))
+    keyword = _first_parameter(type(module))
+    if keyword not in kwargs:
+      raise KwjaxError(f"layer {layer_name(module)} was called without its input {keyword!r}")
+    return handle(module, kwargs[keyword], lambda x: next_fun(**{**kwargs, keyword: x}))
+
+  def wrapped(variables: Variables, images: Array) -> tuple[Array, Variables]:
+    with nn.intercept_methods(interceptor):
+      return apply(variables, images)
+
+  return wrapped
+
+
+@functools.cache
+def _first_parameter(module_type: type[nn.Module]) -> str:
+  return list(inspect.signature(module_type.__call__).parameters)[1]
+
+
+def record(module: nn.Module, name: str, value: Any) -> None:
+  """Leave a pytree of arrays for `collect`; a layer that is called several times leaves several.
+
+  Raises:
+    KwjaxError: the module sits in a lifted transform that does not let `batch_stats` out.
+  """
+  if not module.is_mutable_collection(_COLLECTION):
+    raise KwjaxError(
+      f"layer {layer_name(module)} cannot be observed: its lifted transform does not return the {_COLLECTION} collection "
+      f"(give nn.scan or nn.vmap variable_axes={{'{_COLLECTION}': 0}})"
+    )
+  call = 0
+  while module.has_variable(_COLLECTION, f"{_RECORD}:{name}:{call}"):
+    call += 1
+  module.put_variable(_COLLECTION, f"{_RECORD}:{name}:{call}", value)
+
+
+def collect(mutated: Variables, name: str) -> dict[str, list[Any]]:
+  """Values that `record` left under `name`: `{layer: [value of call 0, value of call 1, ...]}`."""
+  found: dict[str, dict[int, Any]] = {}
+
+  def walk(node: Any, path: tuple[str, ...]) -> None:
+    if not isinstance(node, Mapping):
+      return
+    for key, value in node.items():
+      if key.startswith(f"{_RECORD}:{name}:"):
+        found.setdefault("/".join(path) or "<top>", {})[int(key.rsplit(":", 1)[1])] = value
+      elif not key.startswith(f"{_RECORD}:"):
+        walk(value, (*path, key))
+
+  walk(mutated.get(_COLLECTION, {}), ())
+  return {layer: [calls[i] for i in sorted(calls)] for layer, calls in found.items()}
+
+
+def provide(variables: Variables, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+  """Variables with a pytree of arrays attached to layers, for `provided` to read: `values` is `{layer: pytree}`."""
+  flat = flax.traverse_util.flatten_dict(dict(variables.get(_COLLECTION, {})))
+  for layer, value in values.items():
+    path = () if layer == "<top>" else tuple(layer.split("/"))
+    flat[(*path, f"{_PROVIDED}:{name}")] = value
+  return {**variables, _COLLECTION: flax.traverse_util.unflatten_dict(flat)}
+
+
+def provided(module: nn.Module, name: str) -> Any | None:
+  """What `provide` attached to this layer under `name`, or None."""
+  key = f"{_PROVIDED}:{name}"
+  return module.get_variable(_COLLECTION, key) if module.has_variable(_COLLECTION, key) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """One module of a network as met in the forward pass of a single image.
+
+  Attributes:
+    name: path of its variables.
+    kind: its class name.
+    primitive: whether it is a layer of Flax itself (Conv, Dense, BatchNorm, ...), not a composite of layers.
+    input_shape: shape of its first input for a batch of one.
+    output_shape: shape of its output for a batch of one; () where the output is not one array.
+    kernel_shape: shape of its `kernel`, or None.
+    groups: feature groups of a convolution, else 1.
+    repeats: times it is stacked by nn.scan or nn.vmap, else 1.
+    channel_axes: axes of the kernel, counted from the end, that index output channels.
+  """
+
+  name: str
+  kind: str
+  primitive: bool
+  input_shape: tuple[int, ...]
+  output_shape: tuple[int, ...]
+  kernel_shape: tuple[int, ...] | None
+  groups: int = 1
+  repeats: int = 1
+  channel_axes: tuple[int, ...] = (-1,)
+
+  @property
+  def is_matmul(self) -> bool:
+    """Whether quantization rules speak of it: convolutions and dense layers."""
+    return self.kernel_shape is not None and self.kind in _MATMULS
+
+  @property
+  def is_batch_norm(self) -> bool:
+    """Whether it holds running statistics."""
+    return self.kind == nn.BatchNorm.__name__
+
+  @property
+  def multiplications(self) -> int:
+    """Multiply-adds for one image."""
+    if self.kernel_shape is None or not self.output_shape:
+      return 0
+    return math.prod(self.kernel_shape) * math.prod(self.output_shape[1:-1]) * self.repeats
+
+
+_MATMULS = (nn.Conv.__name__, nn.Dense.__name__, nn.ConvLocal.__name__, nn.ConvTranspose.__name__, nn.DenseGeneral.__name__)
+
+
+def kind_of(module: nn.Module) -> str:
+  """Name of the Flax layer that a module is or derives from, else of its own class."""
+  for cls in (nn.BatchNorm, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.DenseGeneral, nn.Dense):
+    if isinstance(module, cls):
+      return cls.__name__
+  return type(module).__name__
+
+
+def layers(network: Network) -> tuple[Layer, ...]:
+  """Every module of a network in execution order, found by tracing one image without computing anything."""
+  structure = jax.tree.map(lambda leaf: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name), dict(network.variables))
+  return _trace_layers(network.tree_flatten()[1], FrozenInfo({"variables": structure}))
+
+
+def _is_shape(value: Any) -> bool:
+  return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str)
+
+
+@functools.lru_cache(maxsize=64)
+def _trace_layers(static: tuple, structure: FrozenInfo) -> tuple[Layer, ...]:
+  network = Network.tree_unflatten(static, ({},))
+  variables = jax.tree.map(lambda s: jax.ShapeDtypeStruct(*s), structure["variables"], is_leaf=_is_shape)
+  found: dict[str, Layer] = {}
+
+  def note(module: nn.Module, x: Any, proceed: Callable[[Any], Any]) -> Any:
+    y = proceed(x)
+    name = layer_name(module)
+    if name not in found:
+      kernel = module.get_variable("params", "kernel") if module.has_variable("params", "kernel") else None
+      found[name] = Layer(
+        name=name,
+        kind=kind_of(module),
+        primitive=type(module).__module__.startswith("flax."),
+        input_shape=tuple(jnp.shape(x)) if isinstance(x, jax.Array) else (),
+        output_shape=tuple(y.shape) if isinstance(y, jax.Array) else (),
+        kernel_shape=tuple(kernel.shape) if kernel is not None else None,
+        groups=int(getattr(module, "feature_group_count", 1)),
+        repeats=_repeats(variables, module, kernel),
+        channel_axes=_channel_axes(module),
+      )
+    return y
+
+  apply = intercept(network.forward, lambda module: True, note)
+  jax.eval_shape(apply, variables, jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32))
+  return tuple(found.values())
+
+
+def _repeats(variables: Any, module: nn.Module, kernel: Any) -> int:
+  """A kernel that has more axes outside the transform than inside it is stacked over layers."""
+  if kernel is None:
+    return 1
+  outside = variables.get("params", {})
+  for key in module.path:
+    outside = outside.get(key, {}) if isinstance(outside, Mapping) else {}
+  shape = getattr(outside.get("kernel") if isinstance(outside, Mapping) else None, "shape", kernel.shape)
+  return math.prod(shape[: len(shape) - kernel.ndim])
+
+
+def _channel_axes(module: nn.Module) -> tuple[int, ...]:
+  """The last axis, but for a transposed kernel (features, inputs) and for dense layers with several feature axes."""
+  if isinstance(module, nn.ConvTranspose) and module.transpose_kernel:
+    return (-2,)
+  if isinstance(module, nn.DenseGeneral) and not isinstance(module.features, int):
+    return tuple(range(-len(module.features), 0))
+  return (-1,)
+
+
+def batch_norm_layers(network: Network) -> tuple[str, ...]:
+  """Names of the BatchNorm layers in execution order."""
+  return tuple(layer.name for layer in layers(network) if layer.is_batch_norm)
+
+
+def matmul_layers(network: Network) -> tuple[Layer, ...]:
+  """Convolutions and dense layers in execution order."""
+  return tuple(layer for layer in layers(network) if layer.is_matmul)
+
+
+def in_order(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+  """`values` re-ordered: jit returns dicts sorted by key, execution order is what people read."""
+  order = {name: i for i, name in enumerate(names)}
+  # Stacked layers are named `path[i]`; they follow their path's place.
+  return dict(sorted(values.items(), key=lambda kv: order.get(kv[0].split("[")[0], len(order))))

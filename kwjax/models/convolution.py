@@ -1,0 +1,198 @@
+"""Depthwise convolution that is fast on CPUs too: a drop-in for `lax.conv_general_dilated` in `nn.Conv`.
+
+XLA's CPU backend runs a convolution with `feature_group_count` equal to the channels as scalar code. The same sum
+written as k * k shifted multiply-adds becomes one vectorised loop; its two gradients are written in the same manner.
+On GPUs and TPUs the native convolution is kept; the platform is known only when the program is lowered, so the choice is
+made there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kwjax.models.windows import Window, pad_images, scatter_taps, tap_of_padded, tap_of_valid
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+_LARGEST_WINDOW = 49  # one slice a tap: beyond 7x7 the loop is too long to compile
+_UNPADDED_TAPS = 9  # up to 3x3 padding every product beats a padded copy of the image; beyond, the copy is cheaper
+_ROW_BLOCKS = 8
+
+
+def conv_general_dilated(
+  lhs: Array,
+  rhs: Array,
+  window_strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+  lhs_dilation: Sequence[int] | None = None,
+  rhs_dilation: Sequence[int] | None = None,
+  dimension_numbers: Any = None,
+  feature_group_count: int = 1,
+  batch_group_count: int = 1,
+  precision: Any = None,
+  preferred_element_type: Any = None,
+) -> Array:
+  """Same contract as `jax.lax.conv_general_dilated`, with depthwise windows up to 7x7 vectorised on CPUs.
+
+  y[b,h,w,c] = sum_ij x[b, h s + i - top, w s + j - left, c] k[i,j,0,c]
+
+  The fast form is taken for float32 NHWC images, HWIO kernels, `feature_group_count` = channels = features and no
+  dilation; anything else goes to `lax.conv_general_dilated` untouched. It can be differentiated in reverse mode any
+  number of times; forward mode (`jax.jvp`) is not defined through it.
+
+  Args:
+    lhs: images f32[b,h,w,c].
+    rhs: kernel f32[kh,kw,1,c] of a depthwise convolution.
+    window_strides: (rows, columns).
+    padding: "SAME", "VALID" or ((top, bottom), (left, right)), in pixels.
+    lhs_dilation: as in `lax`.
+    rhs_dilation: as in `lax`.
+    dimension_numbers: as in `lax`.
+    feature_group_count: as in `lax`.
+    batch_group_count: as in `lax`.
+    precision: as in `lax`; the fast form always computes in float32.
+    preferred_element_type: as in `lax`.
+
+  Returns: f32[b,oh,ow,c].
+  """
+  fast = (
+    lhs.ndim == 4
+    and feature_group_count == lhs.shape[3] == rhs.shape[3]
+    and rhs.shape[0] * rhs.shape[1] <= _LARGEST_WINDOW
+    and lhs.dtype == rhs.dtype == jnp.float32
+    and set(lhs_dilation or (1,)) == {1}
+    and set(rhs_dilation or (1,)) == {1}
+    and batch_group_count == 1
+    and preferred_element_type is None
+    and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
+  )
+  if fast:
+    size, stride = (rhs.shape[0], rhs.shape[1]), (window_strides[0], window_strides[1])
+    pads = lax.padtype_to_pads(lhs.shape[1:3], size, stride, padding) if isinstance(padding, str) else padding
+    window = Window(size, stride, ((pads[0][0], pads[0][1]), (pads[1][0], pads[1][1])))
+    if min(*window.padding[0], *window.padding[1]) >= 0 and min(window.output_size(*lhs.shape[1:3])) > 0:
+      return _depthwise(*_varying_alike(lhs, rhs), window, precision)
+  return lax.conv_general_dilated(
+    lhs,
+    rhs,
+    window_strides,
+    padding,
+    lhs_dilation=lhs_dilation,
+    rhs_dilation=rhs_dilation,
+    dimension_numbers=dimension_numbers,
+    feature_group_count=feature_group_count,
+    batch_group_count=batch_group_count,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+  )
+
+
+def _varying_alike(images: Array, kernel: Array) -> tuple[Array, Array]:
+  """Inside `jax.shard_map` a replicated kernel becomes one value a device, so that its gradient is summed over devices."""
+  axes = jax.typeof(images).vma | jax.typeof(kernel).vma
+
+  def cast(array: Array) -> Array:
+    missing = tuple(sorted(axes - jax.typeof(array).vma))
+    return lax.pcast(array, missing, to="varying") if missing else array
+
+  return cast(images), cast(kernel)
+
+
+def _native(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
+  return lax.conv_general_dilated(
+    images,
+    kernel,
+    window.stride,
+    window.padding,
+    dimension_numbers=_LAYOUT,
+    feature_group_count=images.shape[3],
+    precision=precision,
+  )
+
+
+def _shifted(images: Array, kernel: Array, window: Window) -> Array:
+  """The convolution as a sum over taps of (shifted image) * (kernel tap)."""
+  rows, columns = window.output_size(images.shape[1], images.shape[2])
+  if len(window.taps) > _UNPADDED_TAPS:
+    padded = pad_images(images, window.padding)
+    products = [tap_of_padded(padded, window, tap, rows, columns) * kernel[tap][0] for tap in window.taps]
+  else:
+    products = []
+    for tap in window.taps:
+      valid = tap_of_valid(images, window, tap)
+      if valid is not None:
+        seen, widen = valid
+        products.append(lax.pad(seen * kernel[tap][0], jnp.zeros((), images.dtype), widen))
+  return functools.reduce(jnp.add, products)
+
+
+def _shifted_input_gradient(kernel: Array, cotangent: Array, shape: tuple[int, int, int, int], window: Window) -> Array:
+  """Transpose of `_shifted` in its images."""
+  return scatter_taps(shape, window, (cotangent,), (0.0,), lambda tap, seen: seen[0] * kernel[tap][0])
+
+
+def _shifted_kernel_gradient(images: Array, cotangent: Array, window: Window) -> Array:
+  """Transpose of `_shifted` in its kernel: k'[i,j,0,c] = sum_bhw (tap (i,j) of the images) * cotangent.
+
+  Adding up blocks of rows for every tap inside one loop takes half the time of one reduction a tap, which would write
+  each shifted image to memory first. Rows, because the batch may be spread over devices.
+  """
+  _, rows, columns, channels = cotangent.shape
+  height = -(-rows // _ROW_BLOCKS)
+  blocks = -(-rows // height)
+  missing = blocks * height - rows
+  (top, bottom), sides = window.padding
+  padded = pad_images(images, ((top, bottom + missing * window.stride[0]), sides))
+  cotangent = pad_images(cotangent, ((0, missing), (0, 0))) if missing else cotangent
+  per_tap = []
+  for tap in window.taps:
+    seen = tap_of_padded(padded, window, tap, blocks * height, columns) * cotangent
+    sums = functools.reduce(jnp.add, jnp.split(seen, blocks, axis=1))
+    per_tap.append(sums[:, :, None])
+  return jnp.sum(jnp.concatenate(per_tap, axis=2), axis=(0, 1, 3)).reshape(*window.size, 1, channels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
+  return lax.platform_dependent(
+    images,
+    kernel,
+    cpu=lambda x, k: _shifted(x, k, window),
+    default=lambda x, k: _native(x, k, window, precision),
+  )
+
+
+def _depthwise_forward(
+  images: Array, kernel: Array, window: Window, precision: Any
+) -> tuple[Array, tuple[Array, Array]]:
+  return _depthwise(images, kernel, window, precision), (images, kernel)
+
+
+def _depthwise_backward(
+  window: Window, precision: Any, residuals: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+  # Two choices rather than one: a gradient that nobody asks for is then dropped with its whole branch.
+  images, kernel = residuals
+  batch, height, width, channels = images.shape
+  to_images = lax.platform_dependent(
+    kernel,
+    cotangent,
+    cpu=lambda k, g: _shifted_input_gradient(k, g, (batch, height, width, channels), window),
+    default=lambda k, g: jax.linear_transpose(lambda x: _native(x, k, window, precision), images)(g)[0],
+  )
+  to_kernel = lax.platform_dependent(
+    images,
+    cotangent,
+    cpu=lambda x, g: _shifted_kernel_gradient(x, g, window),
+    default=lambda x, g: jax.linear_transpose(lambda k: _native(x, k, window, precision), kernel)(g)[0],
+  )
+  return to_images, to_kernel
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)

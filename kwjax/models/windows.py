@@ -1,0 +1,123 @@
+"""Sliding windows over NHWC images as static slices: the shape arithmetic of depthwise convolutions and poolings.
+
+XLA's CPU backend turns a sum of static slices into one vectorised loop, where its windowed primitives run scalar code.
+A tap (i, j) is one position inside the window; the tap's image holds, for every output position, the input it sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """A window of `size` positions moved by `stride` over images padded by `padding` = ((top, bottom), (left, right))."""
+
+  size: tuple[int, int]
+  stride: tuple[int, int]
+  padding: tuple[tuple[int, int], tuple[int, int]]
+
+  @property
+  def taps(self) -> list[tuple[int, int]]:
+    """Positions inside the window in row-major order."""
+    return [(i, j) for i in range(self.size[0]) for j in range(self.size[1])]
+
+  def output_size(self, height: int, width: int) -> tuple[int, int]:
+    """Number of output rows and columns for an unpadded image of `height` x `width`."""
+    rows, columns = (
+      (extent + low + high - size) // stride + 1
+      for extent, (low, high), size, stride in zip((height, width), self.padding, self.size, self.stride)
+    )
+    return rows, columns
+
+
+def pad_images(images: Array, padding: tuple[tuple[int, int], tuple[int, int]], value: float = 0.0) -> Array:
+  """Images f32[b,h,w,c] with rows and columns of `value` added; returns f32[b,h+top+bottom,w+left+right,c]."""
+  return jnp.pad(images, ((0, 0), *padding, (0, 0)), constant_values=value)
+
+
+def tap_of_padded(padded: Array, window: Window, tap: tuple[int, int], rows: int, columns: int) -> Array:
+  """What `tap` sees, read from images that are padded already: f32[b,h',w',c] -> f32[b,rows,columns,c]."""
+  (i, j), (down, right) = tap, window.stride
+  batch, _, _, channels = padded.shape
+  stop = (batch, i + (rows - 1) * down + 1, j + (columns - 1) * right + 1, channels)
+  return lax.slice(padded, (0, i, j, 0), stop, (1, down, right, 1))
+
+
+def tap_of_valid(
+  images: Array, window: Window, tap: tuple[int, int]
+) -> tuple[Array, list[tuple[int, int, int]]] | None:
+  """What `tap` sees of the unpadded images, and the `lax.pad` configuration that widens it to the output's size.
+
+  Returns None where the tap lies in the padding for every output position.
+  """
+  sizes = window.output_size(images.shape[1], images.shape[2])
+  start, stop, widen = [], [], []
+  for axis, (index, outputs) in enumerate(zip(tap, sizes)):
+    extent, stride, offset = images.shape[axis + 1], window.stride[axis], index - window.padding[axis][0]
+    first = max(0, -(offset // stride))
+    last = min(outputs - 1, (extent - 1 - offset) // stride)
+    if last < first:
+      return None
+    start.append(first * stride + offset)
+    stop.append(last * stride + offset + 1)
+    widen.append((first, outputs - 1 - last, 0))
+  batch, channels = images.shape[0], images.shape[3]
+  seen = lax.slice(images, (0, *start, 0), (batch, *stop, channels), (1, *window.stride, 1))
+  return seen, [(0, 0, 0), *widen, (0, 0, 0)]
+
+
+def scatter_taps(
+  shape: tuple[int, int, int, int],
+  window: Window,
+  outputs: tuple[Array, ...],
+  fill: tuple[float, ...],
+  contribution: Callable[[tuple[int, int], tuple[Array, ...]], Array],
+) -> Array:
+  """Transpose of "slice every tap": gives each input position the sum of what its windows send back to it.
+
+  Input row u sits in the windows o with o * stride + i - top = u, so rows of equal (u + top) mod stride ("phases") see
+  the same taps i. Each phase is a sum of unit-stride slices and the phases are interleaved once at the end; padding
+  every tap's contribution on its own, as autodiff does, costs up to 20 times more with 5x5 windows at stride 2.
+
+  Args:
+    shape: (b, h, w, c) of the unpadded input.
+    window: the geometry.
+    outputs: arrays [b,oh,ow,c] that `contribution` reads, all at the same output position.
+    fill: value of each of them outside the output, where a window does not exist.
+    contribution: (tap, outputs at the window that sees an input position through this tap) -> what comes back.
+
+  Returns: f32[b,h,w,c].
+  """
+  batch, height, width, channels = shape
+  reach = [-(-size // stride) - 1 for size, stride in zip(window.size, window.stride)]
+  counts = [-(-(extent + pad[0]) // s) for extent, pad, s in zip((height, width), window.padding, window.stride)]
+  margins = [
+    (back, max(0, count - have)) for back, count, have in zip(reach, counts, outputs[0].shape[1:3], strict=True)
+  ]
+  widened = [pad_images(array, (margins[0], margins[1]), value) for array, value in zip(outputs, fill, strict=True)]
+  total: Array | None = None
+  for row_phase in range(window.stride[0]):
+    for column_phase in range(window.stride[1]):
+      phase: Array | None = None
+      for i in range(row_phase, window.size[0], window.stride[0]):
+        for j in range(column_phase, window.size[1], window.stride[1]):
+          top, left = reach[0] - i // window.stride[0], reach[1] - j // window.stride[1]
+          stop = (batch, top + counts[0], left + counts[1], channels)
+          sent = contribution((i, j), tuple(lax.slice(array, (0, top, left, 0), stop) for array in widened))
+          phase = sent if phase is None else phase + sent
+      if phase is None:  # a stride larger than the window leaves inputs that no window sees
+        continue
+      interleave = [(0, 0, 0)]
+      for axis, start in enumerate((row_phase, column_phase)):
+        low = start - window.padding[axis][0]
+        high = shape[axis + 1] - low - (counts[axis] - 1) * window.stride[axis] - 1
+        interleave.append((low, high, window.stride[axis] - 1))
+      spread = lax.pad(phase, jnp.zeros((), phase.dtype), [*interleave, (0, 0, 0)])
+      total = spread if total is None else total + spread
+  assert total is not None
+  return total

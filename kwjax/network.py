@@ -1,0 +1,297 @@
+"""A trained network as one immutable value: Flax module, variables, and what its input means."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from kwjax.errors import KwjaxError, WeightsError
+
+Array = jax.Array
+Variables = Mapping[str, Any]
+ApplyFn = Callable[[Variables, Array], tuple[Array, Variables]]
+"""`(variables, images f32[b,h,w,c] in [0,1]) -> (logits f32[b,k], mutated variables)`; what every wrapper takes and returns."""
+
+WEIGHTS_FILE = "model.safetensors"
+DESCRIPTION_FILE = "network.json"
+FORMAT = 1
+
+# Evaluation mode under the names in use for a module's mode argument; BatchNorm's own mode is set by kwjax.batchnorm.
+_EVALUATION_ARGUMENTS = {
+  "train": False,
+  "training": False,
+  "is_training": False,
+  "deterministic": True,
+  "use_running_average": True,
+}
+
+
+class FrozenInfo(dict):
+  """A JSON-able dict that can be hashed, so that a `Network` may be an argument of a jitted function."""
+
+  def __hash__(self) -> int:  # type: ignore[override]
+    return hash(json.dumps(self, sort_keys=True, default=str))
+
+
+def evaluation_arguments(module: nn.Module) -> dict[str, bool]:
+  """Keyword arguments that put a module's `__call__` in evaluation mode, read off its signature (`train=False`, ...)."""
+  parameters = inspect.signature(type(module).__call__).parameters
+  return {name: value for name, value in _EVALUATION_ARGUMENTS.items() if name in parameters}
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+  """A trained network that takes images in [0, 1]; a pytree whose only children are its variables.
+
+  Always: the module sees `(images - input_mean) / input_std`.
+
+  Attributes:
+    module: any Flax Linen module; `__call__(x f32[b,h,w,c], ...) -> logits f32[b,k]`.
+    variables: `{"params": ..., "batch_stats": ...}`.
+    image_shape: `(h, w, c)` of one image.
+    input_mean: per channel mean of the training data, in [0, 1] pixel units, length c.
+    input_std: per channel standard deviation, same units.
+    name: what reports call it.
+    arch: name in `kwjax.models`, or None for a module of the user's own.
+    model_options: keyword arguments of `get_model` that rebuild the module.
+    call_options: keyword arguments of every call; by default those that select evaluation mode.
+    source: where the weights came from (file, hash, URL).
+  """
+
+  module: nn.Module
+  variables: Variables
+  _: dataclasses.KW_ONLY
+  image_shape: tuple[int, int, int]
+  input_mean: Sequence[float]
+  input_std: Sequence[float]
+  name: str = "network"
+  arch: str | None = None
+  model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  call_options: Mapping[str, Any] | None = None
+  source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self) -> None:
+    shape = tuple(int(n) for n in self.image_shape)
+    mean, std = (tuple(float(v) for v in values) for values in (self.input_mean, self.input_std))
+    if len(shape) != 3 or min(shape) < 1:
+      raise KwjaxError(f"image_shape must be (height, width, channels) of positive sizes, found {self.image_shape}")
+    if len(mean) != shape[2] or len(std) != shape[2]:
+      raise KwjaxError(
+        f"input_mean and input_std need one value for each of {shape[2]} channels, found {len(mean)} and {len(std)}"
+      )
+    if not all(np.isfinite(mean)) or not all(np.isfinite(std)) or min(std) <= 0:
+      raise KwjaxError(f"input_mean must be finite and input_std positive, found {mean} and {std}")
+    options = evaluation_arguments(self.module) if self.call_options is None else self.call_options
+    for field, value in (
+      ("image_shape", shape),
+      ("input_mean", mean),
+      ("input_std", std),
+      ("model_options", FrozenInfo(self.model_options)),
+      ("call_options", FrozenInfo(options)),
+      ("source", FrozenInfo(self.source)),
+    ):
+      object.__setattr__(self, field, value)
+
+  def tree_flatten(self) -> tuple[tuple[Variables], tuple[Any, ...]]:
+    """Children: the variables; everything else is static."""
+    static = [getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "variables"]
+    return (self.variables,), tuple(static)
+
+  @classmethod
+  def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Variables]) -> Network:
+    """Rebuild without validation: JAX also unflattens with placeholders for leaves."""
+    network = object.__new__(cls)
+    names = [field.name for field in dataclasses.fields(cls) if field.name != "variables"]
+    for name, value in zip(names, static, strict=True):
+      object.__setattr__(network, name, value)
+    object.__setattr__(network, "variables", children[0])
+    return network
+
+  def forward(self, variables: Variables, images: Array) -> tuple[Array, Variables]:
+    """The `ApplyFn` that wrappers build on: logits and whatever interceptors left in `batch_stats`."""
+    mean, std = jnp.asarray(self.input_mean, images.dtype), jnp.asarray(self.input_std, images.dtype)
+    options = dict(self.call_options or {})
+    logits, mutated = self.module.apply(variables, (images - mean) / std, mutable=["batch_stats"], **options)
+    if not isinstance(logits, jax.Array) or logits.ndim != 2:
+      found = f"shape {logits.shape}" if isinstance(logits, jax.Array) else f"a {type(logits).__name__}"
+      raise KwjaxError(f"network {self.name} must return logits of shape (batch, classes), it returned {found}")
+    return logits, mutated
+
+  def apply(self, images: Array) -> Array:
+    """Logits f32[b,k] of images f32[b,h,w,c] in [0,1], in evaluation mode."""
+    return self.forward(self.variables, images)[0]
+
+  def replace(self, **changes: Any) -> Network:
+    """A copy with some fields changed."""
+    return dataclasses.replace(self, **changes)
+
+  @property
+  def num_classes(self) -> int:
+    """Number of logits."""
+    image = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
+    return int(jax.eval_shape(lambda variables, x: self.forward(variables, x)[0], self.variables, image).shape[1])
+
+
+def flatten_variables(variables: Variables) -> dict[str, np.ndarray]:
+  """Nested variables as `{"params/layer1_0/conv1/kernel": array}`."""
+  flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
+  return {name: np.asarray(value) for name, value in flat.items()}
+
+
+def check_finite(variables: Variables, origin: str) -> None:
+  """Refuse NaN, infinite weights and negative variances.
+
+  Raises:
+    WeightsError: naming `origin`, and every bad array by its path.
+  """
+  bad = []
+  for name, value in flatten_variables(variables).items():
+    if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+      bad.append(f"{name} ({int((~np.isfinite(value)).sum())} of {value.size} values are NaN or infinite)")
+    elif name.startswith("batch_stats/") and name.endswith("/var") and (value < 0).any():
+      bad.append(f"{name} ({int((value < 0).sum())} negative variances)")
+  if bad:
+    raise WeightsError(f"{origin} holds unusable weights: {'; '.join(bad)}")
+
+
+def check_shapes(expected: Variables, found: Variables, origin: str) -> None:
+  """Compare two trees of variables; all differences are reported at once.
+
+  Raises:
+    WeightsError: listing missing, unexpected and misshapen arrays with expected and found shapes.
+  """
+  want = {k: tuple(v.shape) for k, v in flax.traverse_util.flatten_dict(dict(expected), sep="/").items()}
+  have = {k: tuple(v.shape) for k, v in flax.traverse_util.flatten_dict(dict(found), sep="/").items()}
+  problems = [f"missing {name} {want[name]}" for name in want if name not in have]
+  problems += [f"unexpected {name} {have[name]}" for name in have if name not in want]
+  problems += [
+    f"{name} expected {want[name]} found {have[name]}" for name in want if name in have and want[name] != have[name]
+  ]
+  if problems:
+    raise WeightsError(f"{origin} does not fit the architecture: {'; '.join(problems)}")
+
+
+def fingerprint(network: Network) -> str:
+  """SHA-256 over the names, shapes, types and bytes of all variables, and what the input means; 64 hexadecimal digits."""
+  digest = hashlib.sha256(repr((network.image_shape, network.input_mean, network.input_std)).encode())
+  for name, value in sorted(flatten_variables(network.variables).items()):
+    digest.update(f"{name}{value.shape}{value.dtype}".encode())
+    digest.update(np.ascontiguousarray(value).tobytes())
+  return digest.hexdigest()
+
+
+def save_network(network: Network, folder: str | pathlib.Path) -> None:
+  """Write `model.safetensors` and `network.json` into `folder`; no pickle, no code, each file replaced atomically.
+
+  Raises:
+    KwjaxError: the folder cannot be written.
+  """
+  from kwjax.runtime.files import atomic_write, write_json
+
+  folder = pathlib.Path(folder)
+  payload = safetensors.numpy.save(flatten_variables(network.variables))
+  description = {
+    "format": FORMAT,
+    "name": network.name,
+    "arch": network.arch,
+    "model_options": dict(network.model_options),
+    "call_options": dict(network.call_options or {}),
+    "image_shape": list(network.image_shape),
+    "input_mean": list(network.input_mean),
+    "input_std": list(network.input_std),
+    "source": dict(network.source),
+    "weights_sha256": hashlib.sha256(payload).hexdigest(),
+  }
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise KwjaxError(f"cannot write a network to {folder}: {error.strerror}") from error
+  atomic_write(folder / WEIGHTS_FILE, payload)
+  write_json(folder / DESCRIPTION_FILE, description)
+
+
+def load_network(folder: str | pathlib.Path, *, module: nn.Module | None = None) -> Network:
+  """Read a network that `save_network` or `python -m weights_conversion` wrote.
+
+  Args:
+    folder: holds `model.safetensors` and `network.json`.
+    module: the Flax module, for a network that is not in `kwjax.models`.
+
+  Raises:
+    WeightsError: a file is missing or damaged, the weights do not fit the module, or hold NaN.
+    KwjaxError: the architecture is unknown.
+  """
+  from kwjax.models import get_model
+
+  folder = pathlib.Path(folder)
+  description = _read_description(folder)
+  weights = _read_weights(folder / WEIGHTS_FILE, description.get("weights_sha256"))
+  arch, options = description.get("arch"), description.get("model_options") or {}
+  if module is None:
+    if not arch:
+      raise WeightsError(f"{folder / DESCRIPTION_FILE} names no architecture: pass module= to load_network")
+    module = get_model(arch, **options)
+  try:
+    network = Network(
+      module,
+      flax.traverse_util.unflatten_dict(weights, sep="/"),
+      image_shape=description["image_shape"],
+      input_mean=description["input_mean"],
+      input_std=description["input_std"],
+      name=description.get("name", arch or folder.name),
+      arch=arch,
+      model_options=options,
+      call_options=description.get("call_options"),
+      source=description.get("source") or {},
+    )
+  except (KeyError, TypeError) as error:
+    raise WeightsError(f"{folder / DESCRIPTION_FILE} is incomplete: {error}") from error
+  image = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
+  expected = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **dict(network.call_options or {})), image)
+  check_shapes(expected, network.variables, str(folder / WEIGHTS_FILE))
+  check_finite(network.variables, str(folder / WEIGHTS_FILE))
+  return network
+
+
+def _read_description(folder: pathlib.Path) -> dict[str, Any]:
+  path = folder / DESCRIPTION_FILE
+  try:
+    description = json.loads(path.read_text())
+  except FileNotFoundError as error:
+    raise WeightsError(
+      f"{folder} is not a kwjax network: it has no {DESCRIPTION_FILE} (make one with python -m weights_conversion)"
+    ) from error
+  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise WeightsError(f"{path} cannot be read: {error}") from error
+  if not isinstance(description, dict) or description.get("format") != FORMAT:
+    found = description.get("format") if isinstance(description, dict) else type(description).__name__
+    raise WeightsError(f"{path} has format {found}, this version reads format {FORMAT}")
+  return description
+
+
+def _read_weights(path: pathlib.Path, sha256: str | None) -> dict[str, Array]:
+  try:
+    payload = path.read_bytes()
+  except OSError as error:
+    raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+  found = hashlib.sha256(payload).hexdigest()
+  if sha256 is not None and found != sha256:
+    raise WeightsError(f"{path} is damaged: expected sha256 {sha256[:16]}, found {found[:16]}")
+  try:
+    return {name: jnp.asarray(value) for name, value in safetensors.numpy.load(payload).items()}
+  except (safetensors.SafetensorError, ValueError) as error:
+    raise WeightsError(f"{path} is not a safetensors file: {error}") from error

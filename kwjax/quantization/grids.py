@@ -1,0 +1,109 @@
+"""From values to a uniform grid of levels: the readings of "b bits" for weights, and the one for activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kwjax.errors import RuleError
+
+Array = jax.Array
+
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+
+
+class Grid(NamedTuple):
+  """Arguments of `fake_quant`; always: level k stands for (k - zero) * scale, scale > 0, qmin <= k <= qmax."""
+
+  scale: Array
+  zero: Array
+  qmin: int
+  qmax: int
+
+
+def _positive(scale: Array) -> Array:
+  """A channel that holds one value only has no extent; a unit scale still represents it, without a division by 0."""
+  return jnp.where(scale > _SMALLEST, scale, 1.0)
+
+
+def _sym(lo: Array, hi: Array, bits: int) -> Grid:
+  top = 2 ** (bits - 1) - 1
+  scale = _positive(jnp.maximum(-lo, hi) / top)
+  return Grid(scale, jnp.zeros_like(scale), -top, top)
+
+
+def _symfull(lo: Array, hi: Array, bits: int) -> Grid:
+  top = 2 ** (bits - 1)
+  scale = _positive(jnp.maximum(-lo, hi) / top)
+  return Grid(scale, jnp.zeros_like(scale), -top, top - 1)
+
+
+def _affine(lo: Array, hi: Array, bits: int) -> Grid:
+  top = 2**bits - 1
+  scale = _positive((hi - lo) / top)
+  return Grid(scale, -lo / scale, 0, top)
+
+
+def _affine0(lo: Array, hi: Array, bits: int) -> Grid:
+  grid = _affine(jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0), bits)
+  return grid._replace(zero=jnp.round(grid.zero))
+
+
+def _midrise(lo: Array, hi: Array, bits: int) -> Grid:
+  top = 2**bits - 1
+  scale = 2.0 * _positive(jnp.maximum(-lo, hi) / top)
+  return Grid(scale, jnp.full_like(scale, top / 2), 0, top)
+
+
+WEIGHT_READINGS: dict[str, Callable[[Array, Array, int], Grid]] = {
+  "affine": _affine,
+  "affine0": _affine0,
+  "sym": _sym,
+  "symfull": _symfull,
+  "midrise": _midrise,
+}
+"""`(lowest weight, highest weight, bits) -> Grid`, b bits each:
+
+affine: 2^b levels from min to max, real zero point.
+affine0: 2^b levels from min(min, 0) to max(max, 0), integer zero point.
+sym: scale max|w| / (2^(b-1) - 1), levels symmetric around 0.
+symfull: scale max|w| / 2^(b-1), levels -2^(b-1) to 2^(b-1) - 1.
+midrise: 2^b levels from -max|w| to max|w| without one at zero.
+"""
+
+
+def weight_grid(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...]) -> Grid:
+  """The grid of each output channel of a kernel, from its extreme weights; no gradient flows to it.
+
+  Args:
+    weights: kernel, any float type.
+    reading: a name in `WEIGHT_READINGS`.
+    bits: 2 to 8.
+    axes: the axes that belong to one channel, reduced over.
+
+  Returns:
+    Grid whose scale (units of the weights) and zero have the kernel's rank, with size 1 along `axes`.
+
+  Raises:
+    RuleError: the reading is unknown.
+  """
+  if reading not in WEIGHT_READINGS:
+    raise RuleError(f"unknown weight reading {reading!r}, known are {', '.join(WEIGHT_READINGS)}")
+  weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
+  lo, hi = jnp.min(weights, axes, keepdims=True), jnp.max(weights, axes, keepdims=True)
+  return WEIGHT_READINGS[reading](lo, hi, bits)
+
+
+def activation_grid(lo: Array, hi: Array, bits: int) -> Grid:
+  """2^b unsigned levels over the range extended to include 0, integer zero point, so that zero padding is exact.
+
+  Args:
+    lo: lowest activation, f32[].
+    hi: highest activation, f32[].
+    bits: 2 to 8.
+  """
+  lo, hi = (jax.lax.stop_gradient(jnp.asarray(v, jnp.float32)) for v in (lo, hi))
+  return _affine0(lo, hi, bits)

@@ -1,0 +1,209 @@
+"""Run a network with the arithmetic of low precision: wrappers of its forward pass, and the network made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kwjax import intercept
+from kwjax.errors import KwjaxError, RuleError
+from kwjax.network import ApplyFn, Array, Network, Variables
+from kwjax.quantization.fake_quant import fake_quant
+from kwjax.quantization.grids import Grid, activation_grid, weight_grid
+from kwjax.quantization.ranges import Ranges
+from kwjax.quantization.rules import LayerRule, QuantRules
+
+_RANGE = "activation_range"
+
+
+def kernel_path(layer: str) -> tuple[str, ...]:
+  """Where a layer's kernel is in the flattened parameters."""
+  return (*(() if layer == "<top>" else layer.split("/")), "kernel")
+
+
+def kernel_grid(kernel: Array, layer: intercept.Layer, rule: LayerRule) -> Grid:
+  """The grid of each output channel of a layer's kernel, which nn.scan may have stacked along leading axes.
+
+  Raises:
+    RuleError: the kernel is stacked along another axis than the first.
+  """
+  assert layer.kernel_shape is not None
+  assert rule.weight_bits is not None
+  assert rule.weight_reading is not None
+  stacked = kernel.ndim - len(layer.kernel_shape)
+  if stacked < 0 or kernel.shape[stacked:] != layer.kernel_shape:
+    raise RuleError(
+      f"the kernel of layer {layer.name} has shape {kernel.shape}, expected {layer.kernel_shape} "
+      "with stacked layers along leading axes (give nn.scan or nn.vmap variable_axes={'params': 0})"
+    )
+  channels = {axis % kernel.ndim for axis in layer.channel_axes}
+  axes = tuple(axis for axis in range(stacked, kernel.ndim) if axis not in channels)
+  return weight_grid(kernel, rule.weight_reading, rule.weight_bits, axes=axes)
+
+
+def quantize_weights(apply: ApplyFn, network: Network, rules: QuantRules) -> ApplyFn:
+  """Wrap `apply`: kernels are rounded to their grid, which follows the kernel's current values at every call.
+
+  Gradients reach the float kernels that the wrapped function is given, straight through the rounding.
+
+  Args:
+    apply: what to wrap.
+    network: the float network, which says what layers there are.
+    rules: bits of each.
+  """
+  layers = {layer.name: layer for layer in intercept.matmul_layers(network)}
+  chosen = {name: rule for name, rule in rules.resolve(network).items() if rule.weight_bits is not None}
+
+  def wrapped(variables: Variables, images: Array) -> tuple[Array, Variables]:
+    params = flax.traverse_util.flatten_dict(dict(variables["params"]))
+    for name, rule in chosen.items():
+      kernel = params[kernel_path(name)]
+      params[kernel_path(name)] = fake_quant(kernel, *kernel_grid(kernel, layers[name], rule))
+    return apply({**variables, "params": flax.traverse_util.unflatten_dict(params)}, images)
+
+  return wrapped
+
+
+def quantize_inputs(apply: ApplyFn, network: Network, rules: QuantRules, ranges: Ranges) -> ApplyFn:
+  """Wrap `apply`: the input of every convolution and dense layer is rounded to the levels of its calibrated range.
+
+  Args:
+    apply: what to wrap.
+    network: the float network, which says what layers there are.
+    rules: bits of each.
+    ranges: `{layer: (lo, hi)}`, constants: no gradient flows to them.
+
+  Raises:
+    KwjaxError: (when called) a layer sits in a lifted transform that keeps its range from it.
+  """
+  bits = {
+    name: rule.activation_bits for name, rule in rules.resolve(network).items() if rule.activation_bits is not None
+  }
+
+  def handle(module: nn.Module, x: Array, proceed: Any) -> Any:
+    name = intercept.layer_name(module)
+    interval = intercept.provided(module, _RANGE)
+    if interval is None or jnp.ndim(interval.lo) != 0:
+      raise KwjaxError(
+        f"the activation range of layer {name} does not reach it: its lifted transform does not pass on the "
+        "batch_stats collection (give nn.scan or nn.vmap variable_axes={'batch_stats': 0})"
+      )
+    return proceed(fake_quant(x, *activation_grid(interval.lo, interval.hi, bits[name])))
+
+  intercepted = intercept.intercept(apply, lambda module: intercept.layer_name(module) in bits, handle)
+
+  def wrapped(variables: Variables, images: Array) -> tuple[Array, Variables]:
+    return intercepted(intercept.provide(variables, _RANGE, {name: ranges[name] for name in bits}), images)
+
+  return wrapped
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedNetwork:
+  """A network in simulated low precision: used wherever a `Network` is; a pytree of its float variables and its ranges.
+
+  Always: biases, BatchNorm and residual additions are float; `variables` are the float ones, rounded at every call.
+
+  Attributes:
+    network: the float network that holds the weights.
+    rules: bits of every layer.
+    ranges: activation range of every layer with quantized inputs.
+  """
+
+  network: Network
+  rules: QuantRules
+  ranges: Ranges
+
+  def tree_flatten(self) -> tuple[tuple[Network, Ranges], QuantRules]:
+    """Children: the network and the ranges; the rules are static."""
+    return (self.network, self.ranges), self.rules
+
+  @classmethod
+  def tree_unflatten(cls, rules: QuantRules, children: tuple[Network, Ranges]) -> QuantizedNetwork:
+    """Rebuild from children, which may be placeholders."""
+    return cls(children[0], rules, children[1])
+
+  def forward(self, variables: Variables, images: Array) -> tuple[Array, Variables]:
+    """The `ApplyFn` that wrappers build on; gradients reach the float variables and the images straight through."""
+    apply = quantize_inputs(self.network.forward, self.network, self.rules, self.ranges)
+    return quantize_weights(apply, self.network, self.rules)(variables, images)
+
+  def apply(self, images: Array) -> Array:
+    """Logits f32[b,k] of images f32[b,h,w,c] in [0,1], in evaluation mode."""
+    return self.forward(self.variables, images)[0]
+
+  def replace(self, **changes: Any) -> QuantizedNetwork:
+    """A copy with some fields of it or of its float network (`variables`, ...) changed."""
+    own = {field.name for field in dataclasses.fields(self)}
+    inner = {name: value for name, value in changes.items() if name not in own}
+    outer = {name: value for name, value in changes.items() if name in own}
+    copy = dataclasses.replace(self, **outer)
+    return dataclasses.replace(copy, network=copy.network.replace(**inner)) if inner else copy
+
+  @property
+  def variables(self) -> Variables:
+    """Float variables."""
+    return self.network.variables
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """`(h, w, c)` of one image."""
+    return self.network.image_shape
+
+  @property
+  def input_mean(self) -> Sequence[float]:
+    """Per channel mean of the training data, in [0, 1] pixel units."""
+    return self.network.input_mean
+
+  @property
+  def input_std(self) -> Sequence[float]:
+    """Per channel standard deviation, same units."""
+    return self.network.input_std
+
+  @property
+  def name(self) -> str:
+    """Name of the float network and bits: "resnet44 4w4a"."""
+    return f"{self.network.name} {self.rules.bits}"
+
+  @property
+  def num_classes(self) -> int:
+    """Number of logits."""
+    return self.network.num_classes
+
+
+def quantize(network: Network, rules: QuantRules, ranges: Ranges) -> QuantizedNetwork:
+  """The network in simulated low precision, by given rules and calibrated ranges.
+
+  Args:
+    network: the float network.
+    rules: bits of every layer.
+    ranges: of `calibrate`; layers whose inputs stay float need none.
+
+  Raises:
+    RuleError: a rule matches no layer.
+    KwjaxError: a layer's range is missing, has another shape than the layer's stack, or is empty or not finite.
+  """
+  needed = [name for name, rule in rules.resolve(network).items() if rule.activation_bits is not None]
+  missing = [name for name in needed if name not in ranges]
+  if missing:
+    raise KwjaxError(
+      f"no calibrated range for {len(missing)} of {len(needed)} layers of {network.name}: {', '.join(missing)}"
+    )
+  repeats = {layer.name: layer.repeats for layer in intercept.matmul_layers(network)}
+  for name in needed:
+    lo, hi = (np.asarray(end) for end in ranges[name])
+    if lo.shape != hi.shape or lo.size != repeats[name]:
+      raise KwjaxError(
+        f"the range of layer {name} needs {repeats[name]} pairs of ends, found ends of shapes {lo.shape} and {hi.shape}"
+      )
+    if not (np.isfinite(lo).all() and np.isfinite(hi).all()) or (lo > hi).any():
+      raise KwjaxError(f"the range of layer {name} must be finite with lowest <= highest, found {lo} to {hi}")
+  return QuantizedNetwork(network, rules, ranges)

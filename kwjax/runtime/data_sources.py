@@ -1,0 +1,285 @@
+"""The forms images come in: arrays, folders, zips and idx files; each reads one image as f32[h,w,c] in [0, 1]."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import pathlib
+import re
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import PIL.Image
+
+from kwjax.errors import DataError
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+_SPLITS = {"test": ("test",), "validation": ("validation", "val", "valid"), "train": ("train",)}
+_IDX_PREFIX = {"test": "t10k", "train": "train"}
+# What decoders raise for a damaged file: PIL OSError, SyntaxError (PNG), ValueError; zipfile BadZipFile, zlib.error
+# (an Exception of its own), EOFError and NotImplementedError for an unknown compression.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+Shape = tuple[int, int, int]
+
+
+class Source(Protocol):
+  """Images by number."""
+
+  @property
+  def count(self) -> int:
+    """Number of images."""
+
+  def native_shape(self) -> Shape:
+    """Shape of the first image as stored."""
+
+  def read(self, index: int, shape: Shape) -> np.ndarray:
+    """Image `index` as f32[shape] in [0, 1]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+  """Images uint8[n,h,w,c] or f32[n,h,w,c] in [0, 1]; `grey_to_rgb` repeats a grey channel where 3 are wanted."""
+
+  pixels: np.ndarray
+  name: str
+  grey_to_rgb: bool = False
+  count: int = -1
+
+  def __post_init__(self) -> None:
+    if self.count < 0:
+      object.__setattr__(self, "count", len(self.pixels))
+
+  def native_shape(self) -> Shape:
+    """Shape of every image."""
+    height, width, channels = self.pixels.shape[1:]
+    return height, width, channels
+
+  def read(self, index: int, shape: Shape) -> np.ndarray:
+    """Image `index` as f32[shape] in [0, 1]."""
+    return fit(self.pixels[index], shape, self.name, grey_to_rgb=self.grey_to_rgb)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+  """Encoded images by name; `load` returns the bytes of one."""
+
+  place: str
+  names: tuple[str, ...]
+  load: Callable[[str], bytes]
+  count: int = -1
+
+  def __post_init__(self) -> None:
+    if self.count < 0:
+      object.__setattr__(self, "count", len(self.names))
+
+  def native_shape(self) -> Shape:
+    """Size of the first image, as RGB."""
+    height, width, _ = self._decode(self.names[0], 3).shape
+    return height, width, 3
+
+  def read(self, index: int, shape: Shape) -> np.ndarray:
+    """Image `index` as f32[shape] in [0, 1]; grey, palette and CMYK files become what the shape asks for."""
+    name = self.names[index]
+    return fit(self._decode(name, shape[2]), shape, f"{self.place}, image {name}")
+
+  def _decode(self, name: str, channels: int) -> np.ndarray:
+    if channels not in (1, 3):
+      raise DataError(f"{self.place}: image files have 1 or 3 channels, {channels} are asked for")
+    try:
+      return decode(self.load(name), channels)
+    except _UNREADABLE as error:
+      raise DataError(f"{self.place}: cannot read image {name}: {error}") from error
+
+
+def decode(data: bytes, channels: int) -> np.ndarray:
+  """Decodes a JPEG, PNG, ... into uint8[h,w,channels], 1 (grey) or 3 (RGB); raises what PIL raises for a bad one."""
+  with PIL.Image.open(io.BytesIO(data)) as image:
+    pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+  return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def describe_shape(shape: tuple[int, ...]) -> str:
+  """`[n,h,w]` for an error message."""
+  return f"[{','.join(map(str, shape))}]"
+
+
+def fit(pixels: np.ndarray, shape: Shape, name: str, *, grey_to_rgb: bool = False) -> np.ndarray:
+  """One image in the wanted shape, f32[shape] in [0, 1]; see `load_data` for the rule.
+
+  Args:
+    pixels: uint8[h,w,c], or f32[h,w,c] in [0, 1].
+    shape: (height, width, channels) wanted.
+    name: what to call the image in an error.
+    grey_to_rgb: repeat one channel three times where three are wanted.
+
+  Raises:
+    DataError: the channels differ.
+  """
+  if grey_to_rgb and pixels.shape[2] == 1 and shape[2] == 3:
+    pixels = np.repeat(pixels, 3, axis=2)
+  if pixels.shape[2] != shape[2]:
+    raise DataError(f"{name}: expected {shape[2]} channels, found an image {describe_shape(pixels.shape)}")
+  if pixels.shape[:2] != shape[:2]:
+    if pixels.shape[:2] == (28, 28) and shape[:2] == (32, 32):
+      pixels = np.pad(pixels, ((2, 2), (2, 2), (0, 0)))
+    else:
+      pixels = _resize_and_crop(pixels, shape[0], shape[1])
+  if pixels.dtype == np.uint8:
+    return pixels.astype(np.float32) / np.float32(255)
+  return np.clip(pixels, 0, 1)
+
+
+def _resize_and_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+  # 256/224 is the margin of the usual ImageNet evaluation; both sides must still cover the crop of a wide shape.
+  margin = round(max(height, width) * 256 / 224)
+  old_height, old_width = pixels.shape[:2]
+  if min(old_height, old_width) != margin:
+    scale = margin / min(old_height, old_width)
+    # PIL's `reducing_gap` stays off: it would change the result for the sake of speed.
+    pixels = _resize(pixels, max(int(old_height * scale), margin), max(int(old_width * scale), margin))
+  top, left = round((pixels.shape[0] - height) / 2), round((pixels.shape[1] - width) / 2)
+  return pixels[top : top + height, left : left + width]
+
+
+def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+  # A channel at a time serves any number of channels, and floats keep their precision in mode "F".
+  channels = [PIL.Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(pixels.shape[2])]
+  bilinear = PIL.Image.Resampling.BILINEAR
+  return np.stack([np.asarray(channel.resize((width, height), bilinear)) for channel in channels], axis=-1)
+
+
+def checked_pixels(images: np.ndarray, name: str) -> np.ndarray:
+  """Images as uint8[n,h,w,c] or f32[n,h,w,c] in [0, 1].
+
+  Raises:
+    DataError: another number of axes, no images, a kind that is not a number, NaN, or values outside [0, 255] for
+      integers and [0, 1] for floats.
+  """
+  if images.ndim != 4 or images.dtype.kind not in "iuf":
+    raise DataError(f"{name}: expected numbers [n,h,w,c], found {images.dtype}{describe_shape(images.shape)}")
+  if 0 in images.shape:
+    raise DataError(f"{name} holds no images: {describe_shape(images.shape)}")
+  if images.dtype == np.uint8:
+    return images
+  upper = 1 if images.dtype.kind == "f" else 255
+  low, high = images.min(), images.max()
+  # NaN fails every comparison, so the test asks for what must hold.
+  if not (low >= 0 and high <= upper):
+    raise DataError(f"{name}: {images.dtype} pixels must be in [0, {upper}] without NaN, found {low:g}..{high:g}")
+  return images.astype(np.float32 if upper == 1 else np.uint8)
+
+
+def open_path(path: pathlib.Path, split: str | None, num_classes: int | None) -> tuple[Source, np.ndarray | None]:
+  """Opens a file or folder as `load_data` describes; labels are not checked yet.
+
+  Raises:
+    DataError: nothing is there, or the form is unknown.
+  """
+  if not path.exists():
+    raise DataError(f"no such data: {path}")
+  if path.suffix == ".npz":
+    return _open_npz(path, split)
+  if path.is_dir() and any(path.glob("*-images-idx3-ubyte*")):
+    return _open_idx(path, split)
+  if path.is_dir():
+    folder = path / split if split else path
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    names = [p.relative_to(folder).as_posix() for p in files]
+    return _open_files(str(folder), names, lambda name: (folder / name).read_bytes(), num_classes)
+  if zipfile.is_zipfile(path):
+    archive = zipfile.ZipFile(path)
+    prefix = f"{split}/" if split else ""
+    names = sorted(n for n in archive.namelist() if pathlib.PurePosixPath(n).suffix.lower() in _SUFFIXES)
+    chosen = [n for n in names if n.startswith(prefix)]
+    return _open_files(str(path), chosen, archive.read, num_classes)
+  raise DataError(f"{path} is neither an .npz, a zip (or it is damaged) nor a folder of images")
+
+
+def _open_files(
+  place: str, names: list[str], load: Callable[[str], bytes], num_classes: int | None
+) -> tuple[Source, np.ndarray | None]:
+  names = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
+  if not names:
+    raise DataError(f"{place} holds no images ({', '.join(sorted(_SUFFIXES))})")
+  parents = sorted({n.rpartition("/")[0] for n in names})
+  source = FileSource(place, tuple(names), load)
+  if len(parents) == 1:
+    matches = [re.match(r"(\d+)_", n.rpartition("/")[2]) for n in names]
+    if not any(matches):
+      return source, None
+    if not all(matches):
+      raise DataError(f"{place}: image {names[matches.index(None)]} is not named CLASS_... as the others are")
+    return source, np.array([int(match[1]) for match in matches if match])
+  if "" in parents:
+    loose = next(n for n in names if "/" not in n)
+    raise DataError(f"{place} holds images both in class folders and outside of them, such as {loose}")
+  index = _class_indices([parent.rpartition("/")[2] for parent in parents], num_classes, place)
+  return source, np.array([index[n.rpartition("/")[0].rpartition("/")[2]] for n in names])
+
+
+def _class_indices(folders: list[str], num_classes: int | None, place: str) -> dict[str, int]:
+  if len(set(folders)) != len(folders):
+    raise DataError(f"{place} holds two class folders of the same name, {max(folders, key=folders.count)}")
+  if num_classes in (None, 1000) and len(folders) < 1000 and all(re.fullmatch(r"n\d{8}", f) for f in folders):
+    import tensorflow_datasets as tfds
+
+    known = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
+    if set(folders) <= set(known):
+      return {folder: known.index(folder) for folder in folders}
+  return {folder: i for i, folder in enumerate(sorted(folders))}
+
+
+def _open_npz(path: pathlib.Path, split: str | None) -> tuple[Source, np.ndarray | None]:
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      keys = _npz_keys(path, list(arrays.files), split)
+      images, labels = (arrays[key] if key else None for key in keys)
+  except _UNREADABLE as error:
+    if isinstance(error, DataError):
+      raise
+    raise DataError(f"cannot read {path}: {error}") from error
+  assert images is not None
+  name = f"{path.name}, {keys[0]}"
+  return ArraySource(checked_pixels(images, name), name), labels
+
+
+def _npz_keys(path: pathlib.Path, keys: list[str], split: str | None) -> tuple[str, str | None]:
+  aliases = [a for names in _SPLITS.values() for a in names] if split is None else _SPLITS.get(split, (split,))
+  pairs = [pair for a in aliases for pair in ((f"{a}_images", f"{a}_labels"), (f"x_{a}", f"y_{a}"))]
+  if split is None:
+    pairs.insert(2, ("images", "labels"))
+  for images, labels in pairs:
+    if images in keys:
+      return images, labels if labels in keys else None
+  raise DataError(f"{path} has the arrays {sorted(keys)}, expected one of {[images for images, _ in pairs]}")
+
+
+def _open_idx(folder: pathlib.Path, split: str | None) -> tuple[Source, np.ndarray | None]:
+  names = [split] if split else list(_IDX_PREFIX)
+  for name in names:
+    prefix = _IDX_PREFIX.get(name, name)
+    found = sorted(folder.glob(f"{prefix}-images-idx3-ubyte*"))
+    if found:
+      images = _read_idx(found[0])
+      labels_path = found[0].with_name(found[0].name.replace("images-idx3", "labels-idx1"))
+      labels = _read_idx(labels_path) if labels_path.exists() else None
+      return ArraySource(checked_pixels(images[..., None], found[0].name), found[0].name, grey_to_rgb=True), labels
+  raise DataError(f"{folder} has no {' or '.join(names)} images: expected t10k- or train-images-idx3-ubyte.gz")
+
+
+def _read_idx(path: pathlib.Path) -> np.ndarray:
+  """An idx file, gzipped or not: 0, 0, type 8 (uint8), number of axes, each axis as big-endian u32, then the bytes."""
+  try:
+    data = path.read_bytes()
+    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
+    if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * data[3] + int(np.prod(shape, dtype=np.int64)):
+      raise ValueError("not an idx file of bytes, or cut off")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+  except (*_UNREADABLE, IndexError) as error:
+    raise DataError(f"cannot read {path}: {error}") from error

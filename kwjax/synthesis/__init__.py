@@ -1,0 +1,34 @@
+"""Images made out of a network: objective, augmentation, pixel optimization, noise, storage."""
+
+from kwjax.synthesis.augment import Augmentation, augment
+from kwjax.synthesis.config import PAPER_ROWS, SCHEMES, SynthesisConfig
+from kwjax.synthesis.noise import dead_leaves, gaussian_images
+from kwjax.synthesis.objective import TERMS, Evidence, Objective, evaluate_objective, inception_loss, smoothness_prior
+from kwjax.synthesis.pixels import SynthesisState, initial_state, synthesis_loss, synthesis_step
+from kwjax.synthesis.store import ImageStore
+from kwjax.synthesis.synthesize import SampleSet, batch_sizes, starting_images, synthesize
+
+__all__ = [
+  "PAPER_ROWS",
+  "SCHEMES",
+  "TERMS",
+  "Augmentation",
+  "Evidence",
+  "ImageStore",
+  "Objective",
+  "SampleSet",
+  "SynthesisConfig",
+  "SynthesisState",
+  "augment",
+  "batch_sizes",
+  "dead_leaves",
+  "evaluate_objective",
+  "gaussian_images",
+  "inception_loss",
+  "initial_state",
+  "smoothness_prior",
+  "starting_images",
+  "synthesis_loss",
+  "synthesis_step",
+  "synthesize",
+]

@@ -1,0 +1,153 @@
+"""Differentiable random views of a batch: copies, crop-resize, zero-padded crop, flip, cutout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kwjax.errors import KwjaxError
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """What is drawn anew for every copy at every step. The default changes nothing.
+
+  Attributes:
+    crop_resize: range of the relative area of a random crop, resized bilinearly to the full size; None is off.
+      Haroush et al. (2020) give no numbers.
+    pad_crop: pixels of zero padding before a random crop of the original size (4 at 32x32 is how CIFAR networks are
+      trained); 0 is off.
+    flip: mirror horizontally with probability 1/2.
+    cutout: side of a square that is blanked with the input mean, relative to the image side; 0 is off.
+  """
+
+  crop_resize: tuple[float, float] | None = None
+  pad_crop: int = 0
+  flip: bool = False
+  cutout: float = 0.0
+
+  def __post_init__(self) -> None:
+    if self.crop_resize is not None and not 0 < self.crop_resize[0] <= self.crop_resize[1] <= 1:
+      raise KwjaxError(f"crop_resize must be a range of relative areas within (0, 1], found {self.crop_resize}")
+    if self.pad_crop < 0 or not 0 <= self.cutout < 1:
+      raise KwjaxError(f"pad_crop must be >= 0 and cutout in [0, 1), found {self.pad_crop} and {self.cutout}")
+
+  @classmethod
+  def paper(cls) -> Augmentation:
+    """Random cutout, crop-resize and flip, the set that Haroush et al. (2020) name in Appendix A.1."""
+    return cls(crop_resize=(0.4, 1.0), flip=True, cutout=0.25)
+
+  @classmethod
+  def training(cls, image_size: int) -> Augmentation:
+    """What the network itself was trained on: padded crop and flip at CIFAR's size, random resized crop and flip above."""
+    return cls(pad_crop=image_size // 8, flip=True) if image_size <= 64 else cls(crop_resize=(0.4, 1.0), flip=True)
+
+  @property
+  def is_identity(self) -> bool:
+    """Whether a view is the image itself."""
+    return self == Augmentation()
+
+
+class Views(NamedTuple):
+  """Random numbers of a batch of views, as what is done with them.
+
+  Attributes:
+    rows: f32[v,h,h], row-resampling matrices: an output row is a weighted sum of input rows.
+    columns: f32[v,w,w], the same for columns; a flip is the matrix upside down.
+    keep: f32[v,h,w], zero inside the cutout.
+  """
+
+  rows: Array
+  columns: Array
+  keep: Array
+
+
+def draw_views(key: Array, indices: Array, height: int, width: int, config: Augmentation) -> Views:
+  """Draw one view for every index; index i always gets the same view, on however many devices.
+
+  Args:
+    key: PRNG key of the step.
+    indices: i32[v], numbers of the views within the whole batch.
+    height: rows h.
+    width: columns w.
+    config: what to draw.
+  """
+
+  def one(index: Array) -> Views:
+    area, y, x, pad_y, pad_x, mirror, cut_y, cut_x = jax.random.uniform(jax.random.fold_in(key, index), (8,))
+    low, high = config.crop_resize or (1.0, 1.0)
+    side = jnp.sqrt(low + (high - low) * area)
+    flipped = (mirror < 0.5) & config.flip
+    rows = _resample(height, side, y, pad_y, config.pad_crop)
+    columns = _resample(width, side, x, pad_x, config.pad_crop)
+    columns = jnp.where(flipped, columns[::-1], columns)
+    inside_y = jnp.abs(jnp.arange(height) + 0.5 - cut_y * height) < config.cutout * height / 2
+    inside_x = jnp.abs(jnp.arange(width) + 0.5 - cut_x * width) < config.cutout * width / 2
+    return Views(rows, columns, 1.0 - inside_y[:, None] * inside_x[None, :])
+
+  return jax.vmap(one)(indices)
+
+
+def _resample(size: int, side: Array, position: Array, pad_position: Array, pad: int) -> Array:
+  """[size, size] matrix of a bilinear crop-resize followed by a zero-padded crop, along one axis."""
+  out, source = jnp.arange(size, dtype=jnp.float32), jnp.arange(size, dtype=jnp.float32)
+  centre = (out + 0.5) * side + position * (1.0 - side) * size - 0.5
+  centre = jnp.clip(centre, 0.0, size - 1.0)
+  matrix = jnp.maximum(0.0, 1.0 - jnp.abs(centre[:, None] - source[None, :]))
+  if pad:
+    shift = jnp.floor(pad_position * (2 * pad + 1)) - pad
+    # Rows that come from outside the image match no source row and stay zero: the padding.
+    matrix = (out[:, None] + shift == source[None, :]).astype(jnp.float32) @ matrix
+  return matrix
+
+
+def apply_views(images: Array, views: Views, fill: Array) -> Array:
+  """Make the views of images; linear in the images, so its gradient is two matrix products as well.
+
+  Matrix products, because the gradient of a gather is a scatter, which CPUs and TPUs run an order of magnitude slower.
+
+  Args:
+    images: f32[b,h,w,c].
+    views: v views, v a multiple of b; views i*n .. i*n+n-1 are of image i.
+    fill: f32[c], colour of the cutout.
+
+  Returns:
+    f32[v,h,w,c].
+  """
+  b, h, w, c = images.shape
+  n = views.rows.shape[0] // b
+  rows = views.rows.reshape(b, n, h, h)
+  highest = lax.Precision.HIGHEST  # the default of TPUs would round the pixels to bfloat16
+  moved = jnp.einsum("bnij,bjwc->bniwc", rows, images, precision=highest).reshape(b * n, h, w, c)
+  moved = jnp.einsum("vkw,viwc->vikc", views.columns, moved, precision=highest)
+  keep = views.keep[..., None]
+  return moved * keep + fill * (1.0 - keep)
+
+
+def augment(
+  images: Array, key: Array, config: Augmentation, *, duplicates: int = 1, fill: Array | float = 0.0, offset: Array | int = 0
+) -> Array:
+  """In-batch augmentation of Haroush et al. (2020), section 3.2: every image as n independently drawn copies.
+
+  Args:
+    images: f32[b,h,w,c] in [0,1].
+    key: PRNG key of the step.
+    config: what to draw.
+    duplicates: copies n of each image.
+    fill: f32[c] or a number, colour of the cutout, in [0,1].
+    offset: index of the first image within the whole batch over all devices.
+
+  Returns:
+    f32[b*n,h,w,c]; copies of one image are neighbours.
+  """
+  if config.is_identity:
+    return jnp.repeat(images, duplicates, axis=0) if duplicates > 1 else images
+  b, h, w, c = images.shape
+  indices = offset * duplicates + jnp.arange(b * duplicates)
+  return apply_views(images, draw_views(key, indices, h, w, config), jnp.broadcast_to(jnp.asarray(fill, images.dtype), (c,)))

@@ -1,0 +1,226 @@
+"""The synthesis objective: a weighted sum of terms, each a pure function of what one forward pass showed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from kwjax.batchnorm import DIVERGENCES, Moments, layer_divergence
+from kwjax.errors import KwjaxError
+from kwjax.runtime import parallel
+
+Array = jax.Array
+
+
+class Evidence(NamedTuple):
+  """What a term may look at.
+
+  Attributes:
+    images: f32[b,h,w,c] in [0,1], before augmentation.
+    views: f32[v,h,w,c], what the network saw.
+    normalized: f32[v,h,w,c], (views - input_mean) / input_std.
+    logits: f32[v,k].
+    labels: i32[v], target classes.
+    reference: `{layer: Moments}` the network was trained with.
+    measured: `{layer: Moments}` of the views, over all devices.
+    axis_name: mapped axis of the devices, for terms that are no mean over images.
+  """
+
+  images: Array
+  views: Array
+  normalized: Array
+  logits: Array
+  labels: Array
+  reference: Mapping[str, Moments]
+  measured: Mapping[str, Moments]
+  axis_name: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """Weights of the terms and their settings; a term of weight zero is not computed.
+
+  Attributes:
+    bns: weight alpha of the BatchNorm-statistics divergence, Eq. (2)-(3).
+    inception: weight beta of mean_i exp(-logit_{y_i} / inception_scale).
+    cross_entropy: weight of the cross-entropy to the targets.
+    smoothness: weight gamma of the Gaussian smoothness prior.
+    total_variation: weight of the sum over four directions of the Frobenius norm of neighbour differences (DeepInversion).
+    image_l2: weight of the mean Euclidean norm of a normalized image (DeepInversion).
+    divergence: name in `kwjax.batchnorm.DIVERGENCES`.
+    channel_sum: sum, not mean, over the channels of a layer.
+    layer_sum: sum, not mean, over layers.
+    first_layer: extra factor of the first BatchNorm layer (DeepInversion: 10).
+    include_input: count the input statistics as one more layer.
+    inception_scale: divisor under the logit; with 1 the exponential dies before half of the targets are reached.
+    smoothness_size: side of the smoothing kernel in pixels, odd.
+    smoothness_sigma: its standard deviation in pixels.
+    monitor: terms of weight zero to compute and report all the same.
+    extra: terms of your own, `(name, weight, function of Evidence -> f32[])`; over devices the mean is taken.
+  """
+
+  bns: float = 1.0
+  inception: float = 0.0
+  cross_entropy: float = 0.0
+  smoothness: float = 0.0
+  total_variation: float = 0.0
+  image_l2: float = 0.0
+  divergence: str = "gaussian_kl"
+  channel_sum: bool = False
+  layer_sum: bool = False
+  first_layer: float = 1.0
+  include_input: bool = True
+  inception_scale: float = 10.0
+  smoothness_size: int = 5
+  smoothness_sigma: float = 1.0
+  monitor: tuple[str, ...] = ()
+  extra: tuple[tuple[str, float, Callable[[Evidence], Array]], ...] = ()
+
+  def __post_init__(self) -> None:
+    if self.divergence not in DIVERGENCES:
+      raise KwjaxError(f"unknown divergence {self.divergence!r}; known: {', '.join(DIVERGENCES)}")
+    unknown = [name for name in self.monitor if name not in TERMS]
+    if unknown:
+      raise KwjaxError(f"unknown objective terms {unknown}; known: {', '.join(TERMS)}")
+    if self.smoothness_size % 2 == 0 or self.smoothness_size < 1 or self.smoothness_sigma <= 0:
+      raise KwjaxError(f"the smoothing kernel needs an odd size and sigma > 0, found {self.smoothness_size}, {self.smoothness_sigma}")
+
+  @property
+  def needs_statistics(self) -> bool:
+    """Whether BatchNorm statistics are read."""
+    return bool(self.bns) or "bns" in self.monitor
+
+  def weight(self, name: str) -> float:
+    """Weight of a built-in term."""
+    return float(getattr(self, name))
+
+
+def layer_divergences(evidence: Evidence, objective: Objective) -> dict[str, Array]:
+  """The BNS divergence of each layer, `{layer: f32[]}`."""
+  divergence = DIVERGENCES[objective.divergence]
+  return layer_divergence(evidence.reference, evidence.measured, divergence=divergence, channel_sum=objective.channel_sum)
+
+
+def inception_loss(logits: Array, labels: Array, *, scale: float = 10.0) -> Array:
+  """mean_i exp(-logits[i, y_i] / scale), Eq. (6): pulls each image to its class; logits f32[b,k], labels i32[b] -> f32[].
+
+  Source: Haroush et al. (2020), section 3.3; the divisor is not given there.
+  """
+  return jnp.mean(jnp.exp(-jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0] / scale))
+
+
+@functools.cache
+def gaussian_kernel(size: int, sigma: float) -> np.ndarray:
+  """Normalized one-dimensional Gaussian f32[size]; the two-dimensional one is its outer product."""
+  x = np.arange(size) - (size - 1) / 2
+  kernel = np.exp(-(x**2) / (2 * sigma**2))
+  return (kernel / kernel.sum()).astype(np.float32)
+
+
+def smoothness_prior(images: Array, *, size: int = 5, sigma: float = 1.0) -> Array:
+  """MSE(X, G * X): how much a Gaussian blur changes images f32[b,h,w,c]; f32[]. Reflect padding, full gradient.
+
+  The blur is two passes of shifted sums: separable, and free of the slow depthwise convolution of CPUs.
+
+  Source: Haroush et al. (2020), Eq. (7); also the "smoothness" of their Figure 2.
+  """
+  half = size // 2
+  kernel = gaussian_kernel(size, sigma)
+  blurred = images
+  for axis in (1, 2):
+    pads = [(0, 0)] * 4
+    pads[axis] = (half, half)
+    padded = jnp.pad(blurred, pads, mode="reflect")
+    shifted = (lax.slice_in_dim(padded, i, i + images.shape[axis], axis=axis) for i in range(size))
+    blurred = functools.reduce(jnp.add, (float(k) * s for k, s in zip(kernel, shifted, strict=True)))
+  return jnp.mean(jnp.square(images - blurred))
+
+
+def total_variation(x: Array, *, axis_name: str | None = None) -> Array:
+  """Sum over the directions right, down and both diagonals of ||neighbour difference||_F over a batch f32[b,h,w,c]; f32[].
+
+  The norm is over the whole batch and all devices, not a mean over images: it grows with the root of the batch size.
+
+  Source: Yin et al. (2020), DeepInversion.
+  """
+  differences = (
+    x[:, :, 1:] - x[:, :, :-1],
+    x[:, 1:] - x[:, :-1],
+    x[:, 1:, 1:] - x[:, :-1, :-1],
+    x[:, 1:, :-1] - x[:, :-1, 1:],
+  )
+  squares = jnp.stack([jnp.sum(jnp.square(d)) for d in differences])
+  if axis_name is not None:
+    squares = lax.psum(squares, axis_name)
+  # The gradient of a norm at zero is NaN; the tiny constant makes it zero.
+  return jnp.sum(jnp.sqrt(squares + 1e-20))
+
+
+def _bns(evidence: Evidence, objective: Objective) -> Array:
+  values = list(layer_divergences(evidence, objective).values())
+  # Layers come in execution order, the input first where it is counted.
+  values[int(objective.include_input)] = values[int(objective.include_input)] * objective.first_layer
+  return (jnp.sum if objective.layer_sum else jnp.mean)(jnp.stack(values))
+
+
+def _cross_entropy(evidence: Evidence, objective: Objective) -> Array:
+  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(evidence.logits, evidence.labels))
+
+
+def _inception(evidence: Evidence, objective: Objective) -> Array:
+  return inception_loss(evidence.logits, evidence.labels, scale=objective.inception_scale)
+
+
+def _smoothness(evidence: Evidence, objective: Objective) -> Array:
+  # On the image, not on its views: the edge of a cutout is no roughness of the image.
+  return smoothness_prior(evidence.images, size=objective.smoothness_size, sigma=objective.smoothness_sigma)
+
+
+def _total_variation(evidence: Evidence, objective: Objective) -> Array:
+  return total_variation(evidence.normalized, axis_name=evidence.axis_name)
+
+
+def _image_l2(evidence: Evidence, objective: Objective) -> Array:
+  flat = evidence.normalized.reshape(evidence.normalized.shape[0], -1)
+  return jnp.mean(jnp.sqrt(jnp.sum(jnp.square(flat), axis=1) + 1e-20))
+
+
+TERMS: Mapping[str, Callable[[Evidence, Objective], Array]] = {
+  "bns": _bns,
+  "inception": _inception,
+  "cross_entropy": _cross_entropy,
+  "smoothness": _smoothness,
+  "total_variation": _total_variation,
+  "image_l2": _image_l2,
+}
+
+
+def evaluate_objective(evidence: Evidence, objective: Objective) -> tuple[Array, dict[str, Array]]:
+  """Total loss sum_t w_t L_t, and the value of every computed term, averaged over devices.
+
+  Args:
+    evidence: one forward pass.
+    objective: weights and settings.
+
+  Returns:
+    loss f32[], `{term: f32[]}`.
+  """
+  terms: dict[str, Array] = {}
+  total = jnp.float32(0.0)
+  for name, function in TERMS.items():
+    weight = objective.weight(name)
+    if weight or name in objective.monitor:
+      terms[name] = parallel.mean(function(evidence, objective), evidence.axis_name)
+      total = total + weight * terms[name] if weight else total
+  for name, weight, extra in objective.extra:
+    terms[name] = parallel.mean(extra(evidence), evidence.axis_name)
+    total = total + weight * terms[name]
+  return total, terms

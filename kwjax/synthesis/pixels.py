@@ -1,0 +1,150 @@
+"""Algorithm 1: one step of optimizing the pixels of a batch; pure, for one device and for many."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kwjax.batchnorm import INPUT, input_moments, observing, recorded_moments, reference_moments
+from kwjax.network import Array, Network
+from kwjax.runtime import parallel
+from kwjax.synthesis.augment import augment
+from kwjax.synthesis.config import SynthesisConfig
+from kwjax.synthesis.noise import dead_leaves
+from kwjax.synthesis.objective import Evidence, evaluate_objective, layer_divergences
+
+LOSS = "loss"
+"""Name under which a non-finite total loss is reported when every layer's divergence is finite."""
+
+
+class SynthesisState(NamedTuple):
+  """A batch on its way.
+
+  Attributes:
+    images: f32[b,h,w,c], as the last Adam step left them: pixels may lie outside [0,1] until the next step clamps them.
+    optimizer: Adam's moments.
+    step: i32[], steps done.
+    bad_step: i32[], the first step whose loss was not finite, or -1. Kept here so that no step waits for the host.
+    bad_layer: i32[], which layer it was, an index into `watched_layers`.
+  """
+
+  images: Array
+  optimizer: optax.OptState
+  step: Array
+  bad_step: Array
+  bad_layer: Array
+
+
+def initial_images(config: SynthesisConfig, key: Array, count: int, image_shape: tuple[int, int, int]) -> Array:
+  """Starting point f32[n,h,w,c]; the first step clamps it to [0,1]."""
+  if config.init == "dead_leaves":
+    return dead_leaves(key, count, image_shape)
+  draw = jax.random.normal if config.init == "randn" else jax.random.uniform
+  return draw(key, (count, *image_shape), jnp.float32)
+
+
+def initial_state(config: SynthesisConfig, images: Array) -> SynthesisState:
+  """State before the first step; `images` f32[b,h,w,c]."""
+  return SynthesisState(images, _adam(config).init(images), jnp.int32(0), jnp.int32(-1), jnp.int32(0))
+
+
+def _adam(config: SynthesisConfig) -> optax.GradientTransformation:
+  return optax.adam(config.learning_rate_at(), b1=config.betas[0], b2=config.betas[1])
+
+
+def watched_layers(network: Network, config: SynthesisConfig) -> tuple[str, ...]:
+  """Layers whose divergence a step reports, in execution order, and the total loss as the last one."""
+  if not config.objective.needs_statistics:
+    return (LOSS,)
+  return (*reference_moments(network, include_input=config.objective.include_input), LOSS)
+
+
+def synthesis_loss(
+  images: Array, network: Network, labels: Array, key: Array, config: SynthesisConfig, *, axis_name: str | None = None
+) -> tuple[Array, dict[str, Array]]:
+  """The objective of Algorithm 1 on one batch of images, over all devices.
+
+  Args:
+    images: f32[b,h,w,c] in [0,1], this device's share.
+    network: the trained network, in evaluation mode.
+    labels: i32[b], targets.
+    key: PRNG key of this step, the same on every device.
+    config: objective, augmentation and number of copies.
+    axis_name: mapped axis of the devices.
+
+  Returns:
+    loss f32[]; metrics: every term f32[], and `layers` f32[L + 1], the divergence by layer and the loss.
+
+  Raises:
+    NoBatchNormError: the objective needs statistics and the network has none.
+  """
+  objective, n = config.objective, config.duplicates
+  mean, std = jnp.asarray(network.input_mean, jnp.float32), jnp.asarray(network.input_std, jnp.float32)
+  offset = parallel.axis_offset(images.shape[0], axis_name)
+  views = augment(images, key, config.augmentation, duplicates=n, fill=mean, offset=offset)
+  reference = reference_moments(network, include_input=objective.include_input) if objective.needs_statistics else {}
+  apply = observing(network.forward, axis_name=axis_name, record_moments=objective.needs_statistics)
+  logits, mutated = apply(network.variables, views)
+  measured = recorded_moments(mutated)
+  if objective.include_input and objective.needs_statistics:
+    measured[INPUT] = input_moments(views, network, axis_name=axis_name)
+  evidence = Evidence(
+    images=images,
+    views=views,
+    normalized=(views - mean) / std,
+    logits=logits,
+    labels=jnp.repeat(labels, n, axis=0),
+    reference=reference,
+    measured=measured,
+    axis_name=axis_name,
+  )
+  loss, terms = evaluate_objective(evidence, objective)
+  by_layer = list(layer_divergences(evidence, objective).values()) if objective.needs_statistics else []
+  return loss, {"loss": loss, **terms, "layers": jnp.stack([*by_layer, loss])}
+
+
+def synthesis_step(
+  state: SynthesisState,
+  labels: Array,
+  network: Network,
+  key: Array,
+  config: SynthesisConfig,
+  *,
+  axis_name: str | None = None,
+) -> tuple[SynthesisState, dict[str, Array]]:
+  """One step of Algorithm 1: clamp, augment, forward, objective, image gradient, Adam.
+
+  The clamp is a projection of the variable, outside the gradient: inside, it would stop the gradient of saturated pixels.
+
+  Args:
+    state: this device's share of the batch.
+    labels: i32[b], targets.
+    network: the trained network.
+    key: PRNG key of the batch; the step's own key is folded from it, so that a resumed run draws the same numbers.
+    config: what to optimize and how.
+    axis_name: mapped axis of the devices.
+
+  Returns:
+    The next state and metrics: `loss`, every term, and `layers` f32[L + 1].
+  """
+  pixels = jnp.clip(state.images, 0.0, 1.0)
+  step_key = jax.random.fold_in(key, state.step)
+
+  def loss_of(images: Array) -> tuple[Array, dict[str, Array]]:
+    return synthesis_loss(images, network, labels, step_key, config, axis_name=axis_name)
+
+  (_, metrics), gradient = parallel.value_and_grad_of_shard(loss_of, axis_name)(pixels)
+  updates, optimizer = _adam(config).update(gradient, state.optimizer, pixels)
+  is_bad = ~jnp.isfinite(metrics["layers"])
+  first_time = jnp.any(is_bad) & (state.bad_step < 0)
+  next_state = SynthesisState(
+    images=optax.apply_updates(pixels, updates),
+    optimizer=optimizer,
+    step=state.step + 1,
+    bad_step=jnp.where(first_time, state.step, state.bad_step),
+    bad_layer=jnp.where(first_time, jnp.argmax(is_bad).astype(jnp.int32), state.bad_layer),
+  )
+  return next_state, metrics

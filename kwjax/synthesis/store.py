@@ -1,0 +1,193 @@
+"""Synthesised images on disk: one file a batch, each with its checksum, so that a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+
+from kwjax.errors import CheckpointError
+from kwjax.runtime.files import (
+  PathLike,
+  atomic_write,
+  canonical_json,
+  check_settings,
+  read_json,
+  sha256_file,
+  write_json,
+)
+
+_MANIFEST = "manifest.json"
+_VERSION = 1
+
+
+class Shard(NamedTuple):
+  """One batch: images f32[n,h,w,c] in [0,1], labels i32[n], and the curves recorded while it was made."""
+
+  images: np.ndarray
+  labels: np.ndarray
+  history: dict[str, np.ndarray]
+
+
+class StoredImages(NamedTuple):
+  """A whole set: images f32[n,h,w,c], labels i32[n], and one history a batch, all in the order of the batch numbers."""
+
+  images: np.ndarray
+  labels: np.ndarray
+  histories: tuple[dict[str, np.ndarray], ...]
+
+
+class ImageStore:
+  """Batches of images in a folder: `batch-00000.safetensors`, ... and `manifest.json`.
+
+  Invariant: a batch counts as present only while its file has the SHA-256 in the manifest; the manifest is written
+  after the file, so a kill between the two leaves a batch that is absent and is made again. The same arrays give the
+  same bytes. One process writes a folder at a time (`kwjax.runtime.workdir.lock_workdir`).
+  """
+
+  def __init__(self, folder: PathLike, *, settings: Mapping[str, Any]) -> None:
+    """Opens the folder, which need not exist.
+
+    Args:
+      folder: where the batches are.
+      settings: what the images depend on (network, scheme, seed, steps, batch size), as `canonical_json` takes it.
+
+    Raises:
+      CheckpointError: the folder holds images made with other settings (each is named), or its manifest is damaged.
+    """
+    self.folder = pathlib.Path(folder)
+    self._settings = json.loads(canonical_json(settings))
+    if (self.folder / _MANIFEST).exists():
+      check_settings(self.folder, self._manifest()["settings"], self._settings)
+
+  def indices(self) -> list[int]:
+    """Numbers of the recorded batches, ascending, whether or not their files are still intact."""
+    return sorted(int(index) for index in self._manifest()["shards"])
+
+  def has(self, index: int) -> bool:
+    """Whether batch `index` is recorded and its file has the recorded SHA-256; reads the whole file."""
+    entry = self._manifest()["shards"].get(str(index))
+    return entry is not None and self._intact(entry)
+
+  def damaged(self) -> list[int]:
+    """Numbers of the recorded batches whose file is missing or has other content; writing them again is the repair."""
+    shards = self._manifest()["shards"]
+    return [index for index in self.indices() if not self._intact(shards[str(index)])]
+
+  def write(self, index: int, images: np.ndarray, labels: np.ndarray, history: Mapping[str, Any] | None = None) -> None:
+    """Stores one batch, replacing an earlier one of the same number.
+
+    Args:
+      index: batch number, from 0.
+      images: f32[n,h,w,c], finite; h, w, c as in the batches before.
+      labels: i32[n].
+      history: curves or numbers, each any NumPy array.
+
+    Raises:
+      CheckpointError: an argument does not have that form.
+      KwjaxError: the disk is full; the batches before are unchanged.
+    """
+    manifest = self._manifest()
+    tensors = _checked(index, images, labels, history or {}, manifest["shape"])
+    data = safetensors.numpy.save(tensors)
+    name = f"batch-{index:05d}.safetensors"
+    for leftover in self.folder.glob(".*.tmp"):
+      # A batch can be hundreds of megabytes, so what a killed run left must not pile up.
+      with contextlib.suppress(FileNotFoundError):
+        leftover.unlink()
+    atomic_write(self.folder / name, data)
+    manifest["shape"] = list(images.shape[1:])
+    manifest["shards"][str(index)] = {
+      "file": name,
+      "sha256": hashlib.sha256(data).hexdigest(),
+      "bytes": len(data),
+      "count": len(images),
+    }
+    manifest["shards"] = dict(sorted(manifest["shards"].items(), key=lambda item: int(item[0])))
+    write_json(self.folder / _MANIFEST, manifest)
+
+  def read(self, index: int) -> Shard:
+    """Returns one batch after checking its bytes.
+
+    Raises:
+      CheckpointError: the batch is not recorded, or its file is missing or damaged (named); write it again.
+    """
+    entry = self._manifest()["shards"].get(str(index))
+    if entry is None:
+      raise CheckpointError(f"{self.folder} has no batch {index}; it has {self.indices()}")
+    path = self.folder / entry["file"]
+    try:
+      data = path.read_bytes()
+    except OSError as error:
+      raise CheckpointError(f"batch {index} of {self.folder}: cannot read {path.name}: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+      raise CheckpointError(
+        f"batch {index} of {self.folder} is damaged: {path.name} ({len(data):,} bytes) does not have the SHA-256 "
+        f"it was saved with ({entry['bytes']:,} bytes); make it again"
+      )
+    tensors = safetensors.numpy.load(data)
+    history = {name.removeprefix("history."): value for name, value in tensors.items() if name.startswith("history.")}
+    return Shard(tensors["images"], tensors["labels"], history)
+
+  def images(self) -> StoredImages:
+    """Returns all batches as one set, each checked as in `read`; at most one batch is held twice.
+
+    Raises:
+      CheckpointError: there are no batches, a number between 0 and the last is absent, or a batch is damaged.
+    """
+    manifest, indices = self._manifest(), self.indices()
+    if not indices:
+      raise CheckpointError(f"{self.folder} holds no images")
+    absent = sorted(set(range(indices[-1] + 1)) - set(indices))
+    if absent:
+      raise CheckpointError(f"{self.folder} lacks the batches {absent}; it has {indices}")
+    count = sum(entry["count"] for entry in manifest["shards"].values())
+    images, labels = np.empty((count, *manifest["shape"]), np.float32), np.empty(count, np.int32)
+    histories, start = [], 0
+    for index in indices:
+      shard = self.read(index)
+      stop = start + len(shard.images)
+      images[start:stop], labels[start:stop] = shard.images, shard.labels
+      histories.append(shard.history)
+      start = stop
+    return StoredImages(images, labels, tuple(histories))
+
+  def _manifest(self) -> dict[str, Any]:
+    path = self.folder / _MANIFEST
+    if not path.exists():
+      return {"version": _VERSION, "settings": self._settings, "shape": None, "shards": {}}
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("version") != _VERSION or "shards" not in manifest:
+      raise CheckpointError(f"{path} is not a manifest of images of version {_VERSION}")
+    return manifest
+
+  def _intact(self, entry: Mapping[str, Any]) -> bool:
+    path = self.folder / entry["file"]
+    # The size tells most truncations without reading the file.
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+
+
+def _checked(
+  index: int, images: np.ndarray, labels: np.ndarray, history: Mapping[str, Any], shape: list[int] | None
+) -> dict[str, np.ndarray]:
+  """The arrays of one batch by name, in C order (safetensors writes the raw buffer of any other order)."""
+  where = f"batch {index}"
+  images, labels = np.asarray(images), np.asarray(labels)
+  if index < 0:
+    raise CheckpointError(f"a batch number must be at least 0, got {index}")
+  if images.ndim != 4 or images.dtype != np.float32:
+    raise CheckpointError(f"{where}: expected images float32[n,h,w,c], got {images.dtype}{list(images.shape)}")
+  if shape is not None and list(images.shape[1:]) != shape:
+    raise CheckpointError(f"{where}: expected images of shape {shape} as before, got {list(images.shape[1:])}")
+  if labels.shape != images.shape[:1] or labels.dtype != np.int32:
+    raise CheckpointError(f"{where}: expected labels int32[{len(images)}], got {labels.dtype}{list(labels.shape)}")
+  if not np.isfinite(images).all():
+    raise CheckpointError(f"{where}: images hold NaN or infinite pixels")
+  tensors = {"images": images, "labels": labels, **{f"history.{name}": value for name, value in history.items()}}
+  return {name: np.asarray(value, order="C") for name, value in tensors.items()}

@@ -1,0 +1,61 @@
+"""Moments against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kwjax.batchnorm import Moments, batch_moments, merge, pool
+
+
+def test_moments_match_float64_where_the_plain_one_pass_form_fails() -> None:
+  x = np.random.default_rng(0).normal(10.0, 0.1, (64, 8, 8, 3)).astype(np.float32)
+  exact = x.astype(np.float64).var((0, 1, 2))
+  got = jax.jit(batch_moments)(x, shift=jnp.full(3, 9.9))
+  np.testing.assert_allclose(got.var, exact, rtol=2e-6)
+  np.testing.assert_allclose(got.mean, x.astype(np.float64).mean((0, 1, 2)), rtol=1e-6)
+  naive = (x**2).mean((0, 1, 2)) - x.mean((0, 1, 2)) ** 2
+  assert np.abs(naive / exact - 1).max() > 1e-4
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_feature_axis(axis: int) -> None:
+  x = np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)
+  got = batch_moments(x, feature_axis=axis)
+  others = tuple(i for i in range(3) if i != axis % 3)
+  np.testing.assert_allclose(got.mean, x.mean(others), atol=1e-6)
+  np.testing.assert_allclose(got.var, x.var(others), atol=1e-6)
+
+
+def test_constant_channel_has_zero_variance_and_finite_gradient() -> None:
+  x = jnp.full((4, 2), 3.0)
+  assert float(batch_moments(x, shift=jnp.zeros(2)).var.min()) >= 0.0
+  gradient = jax.grad(lambda x: jnp.log(batch_moments(x).var + 1e-8).sum())(x)
+  assert bool(jnp.isfinite(gradient).all())
+
+
+def test_moments_over_devices_equal_those_of_the_whole_batch() -> None:
+  x = np.random.default_rng(0).normal(2.0, 3.0, (8, 4, 5)).astype(np.float32)
+  shift = jnp.ones(5)
+  whole = batch_moments(x, shift=shift)
+  split = jax.pmap(lambda x: batch_moments(x, shift=shift, axis_name="d"), axis_name="d")(x)
+  np.testing.assert_allclose(split.mean[3], whole.mean, rtol=1e-6)
+  np.testing.assert_allclose(split.var[5], whole.var, rtol=1e-5)
+
+
+def test_merge_of_unequal_batches_equals_the_moments_of_all() -> None:
+  x = np.random.default_rng(0).normal(5.0, 2.0, (17, 3)).astype(np.float32)
+  total = None
+  for part in (x[:3], x[3:4], x[4:]):
+    total = merge(total, batch_moments(part, shift=np.full(3, 5.0)), len(part))
+  assert total is not None and total.count == 17
+  np.testing.assert_allclose(total.mean, x.astype(np.float64).mean(0), rtol=1e-6)
+  np.testing.assert_allclose(total.var, x.astype(np.float64).var(0), rtol=1e-6)
+
+
+def test_pool_of_equal_samples() -> None:
+  x = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(np.float32) + np.array([[[0.0]], [[4.0]]])
+  parts = [Moments(jnp.asarray(p.mean(0)), jnp.asarray(p.var(0))) for p in x]
+  got = pool(parts)
+  np.testing.assert_allclose(got.mean, x.reshape(-1, 3).mean(0), rtol=1e-6)
+  np.testing.assert_allclose(got.var, x.reshape(-1, 3).var(0), rtol=1e-6)

@@ -1,0 +1,200 @@
+"""Observation of modules that know nothing of it: compact, setup, partial, nested, shared, remat, scan, top-level."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kwjax.batchnorm import Moments, freeze, observe, observing, recorded_moments, reference_moments
+from kwjax.errors import KwjaxError, NoBatchNormError
+from kwjax.intercept import batch_norm_layers, layers
+from tests.networks import random_network, tiny_network
+
+
+class Block(nn.Module):
+  """Compact; BatchNorm given as a partial, its input by keyword."""
+
+  norm: functools.partial = functools.partial(nn.BatchNorm, use_running_average=True)
+
+  @nn.compact
+  def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+    return nn.relu(self.norm()(x=nn.Conv(6, (3, 3))(x))), None
+
+
+class SetupNet(nn.Module):
+  """Setup style, BatchNorm called with the argument rather than built with it."""
+
+  def setup(self) -> None:
+    self.stem = nn.Conv(6, (3, 3))
+    self.norm = nn.BatchNorm()
+    self.blocks = [Block(), Block()]
+    self.head = nn.Dense(4)
+
+  def __call__(self, x: jax.Array, is_training: bool = True) -> jax.Array:
+    x = self.norm(self.stem(x), use_running_average=not is_training)
+    for block in self.blocks:
+      x, _ = block(x)
+    return self.head(x.mean((1, 2)))
+
+
+class LiftedNet(nn.Module):
+  """Under scan and remat, and one layer that is called twice."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    x = nn.Conv(6, (1, 1))(x)
+    stack = nn.scan(Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3)
+    x, _ = stack(name="stack")(x, None)
+    x, _ = nn.remat(Block)(name="remat")(x)
+    shared = nn.BatchNorm(use_running_average=not train, name="shared")
+    x = shared(nn.relu(shared(x)))
+    return nn.Dense(4)(x.mean((1, 2)))
+
+
+class UnrolledNet(nn.Module):
+  """LiftedNet without transforms and sharing, with the same variables."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.Conv(6, (1, 1))(x)
+    for i in range(3):
+      x, _ = Block(name=f"stack_{i}")(x)
+    x, _ = Block(name="remat")(x)
+    x = nn.relu(nn.BatchNorm(use_running_average=True, name="shared_a")(x))
+    x = nn.BatchNorm(use_running_average=True, name="shared_b")(x)
+    return nn.Dense(4)(x.mean((1, 2)))
+
+
+def images(count: int = 6) -> jax.Array:
+  return jax.random.uniform(jax.random.key(9), (count, 8, 8, 3))
+
+
+def test_moments_are_those_of_the_inputs_and_logits_are_unchanged() -> None:
+  network = tiny_network()
+  logits, measured = jax.jit(observe)(network, images())
+  np.testing.assert_allclose(logits, network.apply(images()), rtol=1e-6, atol=1e-6)
+  x = (images() - 0.45) / 0.25
+  x = nn.Conv(8, (3, 3), use_bias=False).apply({"params": network.variables["params"]["conv0"]}, x)
+  np.testing.assert_allclose(measured["bn0"].mean, x.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(measured["bn0"].var, x.var((0, 1, 2)), rtol=1e-5)
+
+
+def test_setup_partials_lists_and_keyword_inputs() -> None:
+  network = random_network(SetupNet())
+  _, measured = observe(network, images())
+  assert list(measured) == ["norm", "blocks_0/BatchNorm_0", "blocks_1/BatchNorm_0"]
+  assert network.call_options == {"is_training": False}
+
+
+def test_scan_remat_and_shared_equal_the_unrolled_network() -> None:
+  network = random_network(LiftedNet())
+  variables = network.variables
+  unrolled: dict = {"params": {}, "batch_stats": {}}
+  for kind in unrolled:
+    for name, tree in variables[kind].items():
+      if name == "stack":
+        for i in range(3):
+          unrolled[kind][f"stack_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], tree)
+      elif name == "shared":
+        unrolled[kind]["shared_a"] = unrolled[kind]["shared_b"] = tree
+      else:
+        unrolled[kind][name] = tree
+  plain = network.replace(module=UnrolledNet(), variables=unrolled, call_options=None)
+
+  def loss(network: object, x: jax.Array) -> jax.Array:
+    _, measured = observe(network, x)
+    return sum(m.mean.sum() + m.var.sum() for name, m in measured.items() if "shared" not in name)
+
+  logits, measured = jax.jit(observe)(network, images())
+  expected_logits, expected = observe(plain, images())
+  np.testing.assert_allclose(logits, expected_logits, rtol=1e-4, atol=1e-5)
+  for i in range(3):
+    np.testing.assert_allclose(
+      measured[f"stack/BatchNorm_0[{i}]"].var, expected[f"stack_{i}/BatchNorm_0"].var, rtol=1e-4
+    )
+  np.testing.assert_allclose(measured["remat/BatchNorm_0"].mean, expected["remat/BatchNorm_0"].mean, rtol=1e-4, atol=1e-5)
+  a, b = expected["shared_a"], expected["shared_b"]
+  np.testing.assert_allclose(measured["shared"].mean, (a.mean + b.mean) / 2, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    measured["shared"].var, (a.var + b.var) / 2 + ((a.mean - b.mean) / 2) ** 2, rtol=1e-4, atol=1e-5
+  )
+  gradient, expected_gradient = (jax.jit(jax.grad(loss, argnums=1))(n, images()) for n in (network, plain))
+  np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-6)
+  assert set(reference_moments(network)) == set(measured)
+
+
+def test_current_statistics_equal_flax_in_training_mode() -> None:
+  network = tiny_network()
+  expected, _ = network.module.apply(
+    network.variables, (images() - 0.45) / 0.25, train=True, mutable=["batch_stats"]
+  )
+  logits, _ = observe(network, images(), current=[".*"])
+  np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+  assert not np.allclose(logits, network.apply(images()), atol=1e-3)
+
+
+def test_statistics_are_chosen_by_layer_and_frozen_ones_win() -> None:
+  network = tiny_network()
+  _, measured = observe(network, images(), current=["bn0"])
+  apply = observing(network.forward, current=[".*"])
+  variables = freeze(network.variables, {"bn0": measured["bn0"], "bn1": reference_moments(network)["bn1"]})
+  logits, mutated = jax.jit(apply)(variables, images())
+  np.testing.assert_allclose(logits, observe(network, images(), current=["bn0"])[0], rtol=1e-5, atol=1e-6)
+  frozen = {"bn0": Moments(jnp.zeros(8), jnp.ones(8))}
+  other, _ = jax.jit(apply)(freeze(network.variables, frozen), images())
+  assert not np.allclose(other, logits, atol=1e-3)
+  assert set(recorded_moments(mutated)) == {"bn0", "bn1"}
+
+
+def test_a_function_that_jit_has_traced_before_is_still_observed() -> None:
+  network = tiny_network()
+  jax.jit(network.forward)(network.variables, images())
+  _, measured = jax.jit(observe)(network, images())
+  assert set(measured) == {"bn0", "bn1"}
+
+
+def test_moments_over_devices_equal_those_on_one() -> None:
+  network = tiny_network()
+  whole = observe(network, images(16))[1]
+  split = jax.pmap(lambda x: observe(network, x, axis_name="d")[1], axis_name="d")(images(16).reshape(8, 2, 8, 8, 3))
+  np.testing.assert_allclose(split["bn1"].var[0], whole["bn1"].var, rtol=1e-5)
+
+
+def test_batch_norm_as_the_whole_feature_extractor_keeps_its_path() -> None:
+  class Bare(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+      return nn.BatchNorm(use_running_average=True)(x.mean((1, 2)))
+
+  _, measured = observe(random_network(Bare()), images())
+  np.testing.assert_allclose(measured["BatchNorm_0"].mean, ((images() - 0.45) / 0.25).mean((0, 1, 2)), atol=1e-6)
+
+
+def test_execution_order_and_layer_facts() -> None:
+  network = random_network(LiftedNet())
+  assert batch_norm_layers(network) == ("stack/BatchNorm_0", "remat/BatchNorm_0", "shared")
+  facts = {layer.name: layer for layer in layers(network)}
+  assert facts["stack/Conv_0"].repeats == 3
+  assert facts["stack/Conv_0"].multiplications == 3 * (3 * 3 * 6 * 6) * 64
+  assert facts["Dense_0"].multiplications == 6 * 4
+
+
+def test_no_batch_norm_names_the_schemes_that_work() -> None:
+  network = tiny_network(batch_norm=False)
+  for call in (lambda: observe(network, images()), lambda: reference_moments(network)):
+    with pytest.raises(NoBatchNormError, match="gaussian.*inception"):
+      call()
+
+
+def test_a_transform_that_hides_batch_stats_is_named() -> None:
+  class Hidden(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+      x, _ = nn.map_variables(Block, "batch_stats", mutable=False, init=self.is_initializing())(name="inner")(x)
+      return x.mean((1, 2))
+
+  with pytest.raises(KwjaxError, match=r"inner.*BatchNorm_0.*cannot be observed"):
+    observe(random_network(Hidden()), images())

@@ -1,0 +1,21 @@
+"""Shared fixtures: the folder of real weights and images, absent on most machines."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+# Eight CPU devices for the whole run, before jax is imported: tests of many devices use them, all others use the first.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+  """Folder with `cifar10/`, `weights/` and `imagenet/`; the test is skipped where there is none."""
+  default = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+  folder = pathlib.Path(os.environ.get("KWJAX_SHARED_DATA", default))
+  if not folder.is_dir():
+    pytest.skip(f"needs real weights and images: set KWJAX_SHARED_DATA (no folder {folder})")
+  return folder
