@@ -2,8 +2,8 @@
 
 XLA's CPU backend runs a convolution with `feature_group_count` equal to the channels as scalar code. The same sum
 written as k * k shifted multiply-adds becomes one vectorised loop; its two gradients are written in the same manner.
-On GPUs and TPUs the native convolution is kept; the platform is known only when the program is lowered, so the choice is
-made there.
+On GPUs and TPUs the native convolution is kept. The platform is known only when the program is lowered, so the choice
+is made there.
 """
 
 from __future__ import annotations
@@ -93,12 +93,18 @@ def conv_general_dilated(
   )
 
 
+def _varying_axes(array: Array) -> frozenset[str]:
+  # The attribute's name changed between releases of jax; outside `jax.shard_map` the set is empty under either.
+  kind = jax.typeof(array)
+  return kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", frozenset())
+
+
 def _varying_alike(images: Array, kernel: Array) -> tuple[Array, Array]:
-  """Inside `jax.shard_map` a replicated kernel becomes one value a device, so that its gradient is summed over devices."""
-  axes = jax.typeof(images).vma | jax.typeof(kernel).vma
+  """Inside `jax.shard_map` a replicated kernel becomes one a device, so that its gradient is summed over devices."""
+  axes = _varying_axes(images) | _varying_axes(kernel)
 
   def cast(array: Array) -> Array:
-    missing = tuple(sorted(axes - jax.typeof(array).vma))
+    missing = tuple(sorted(axes - _varying_axes(array)))
     return lax.pcast(array, missing, to="varying") if missing else array
 
   return cast(images), cast(kernel)

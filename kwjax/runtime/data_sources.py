@@ -236,7 +236,8 @@ def _class_indices(folders: list[str], num_classes: int | None, place: str) -> d
 
 def _open_npz(path: pathlib.Path, split: str | None) -> tuple[Source, np.ndarray | None]:
   try:
-    with np.load(path, allow_pickle=False) as arrays:
+    # np.load leaves a path open that turns out to be no archive.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
       keys = _npz_keys(path, list(arrays.files), split)
       images, labels = (arrays[key] if key else None for key in keys)
   except _UNREADABLE as error:

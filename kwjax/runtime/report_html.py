@@ -26,7 +26,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
 .wide th, .wide td { white-space: nowrap }
-.pairs th, .pairs td { overflow-wrap: anywhere }
+.pairs td { overflow-wrap: anywhere }
 thead th { color: var(--dim); font-weight: 600 }
 tbody th { font-weight: 500 }
 .missing { color: var(--dim); font-style: italic }
@@ -94,7 +94,7 @@ def summary(report: Mapping[str, Any]) -> str:
       parts.append(f"{bits} {stage} with {data} images has {_percent(best)}")
   jkl = report["jkl"] or {}
   if jkl.get("start") is not None and jkl.get("final") is not None:
-    parts.append(f"J_KL of the synthesised images fell from {_number(jkl['start'])} to {_number(jkl['final'])}")
+    parts.append(f"J_KL of the synthesised images went from {_number(jkl['start'])} to {_number(jkl['final'])}")
   synthesis = report["synthesis"] or {}
   if synthesis.get("images") is not None:
     seconds = f" in {_number(synthesis['seconds'])} s" if synthesis.get("seconds") is not None else ""

@@ -35,7 +35,8 @@ class SampleSet(NamedTuple):
   Attributes:
     images: f32[n,h,w,c] in [0,1]; Gaussian ones are not clipped.
     labels: i32[n], the classes that were aimed at; -1 where there was no aim.
-    history: `{term: f32[batches, steps]}`, each loss term at each step.
+    history: `{term: f32[batches, steps]}`, each loss term at each step, and `seconds` f32[batches], the time that each
+      batch took over all the runs it was made in.
   """
 
   images: np.ndarray
@@ -188,25 +189,28 @@ class _Run(NamedTuple):
     network, config, size = self.network, self.config, self.sizes[index]
     if not config.is_optimized:
       bar.update(1)
+      start = time.monotonic()
       noise = gaussian_images(
         self.key_of(_NOISE, index), size, network.image_shape, network.input_mean, network.input_std
       )
-      return np.asarray(noise), {}
+      return np.asarray(noise), {"seconds": np.float32(time.monotonic() - start)}
     images = initial_images(config, self.key_of(_IMAGES, index), size, network.image_shape)
     state = initial_state(config, images)
     if self.folder is None:
-      return self._optimize(index, state, {}, None, bar)
+      return self._optimize(index, state, {}, 0.0, None, bar)
     with Checkpoints(self.folder / "checkpoints") as checkpoints:
       restored = checkpoints.restore(jax.tree.map(np.asarray, state), settings=self.settings)
       if restored is None or restored.extra["batch"] != index:
-        return self._optimize(index, state, {}, checkpoints, bar)
-      return self._optimize(index, restored.state, restored.extra["history"], checkpoints, bar)
+        return self._optimize(index, state, {}, 0.0, checkpoints, bar)
+      extra = restored.extra
+      return self._optimize(index, restored.state, extra["history"], extra["seconds"], checkpoints, bar)
 
   def _optimize(
     self,
     index: int,
     state: SynthesisState,
     history: dict[str, list[float]],
+    seconds: float,
     checkpoints: Checkpoints | None,
     bar: tqdm.tqdm,
   ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -238,13 +242,14 @@ class _Run(NamedTuple):
       shown = {"J_KL": f"{history['bns'][-1]:.4f}"} if "bns" in history else {"loss": f"{history['loss'][-1]:.4f}"}
       bar.set_postfix(**shown, **{"images/min": f"{rate:.1f}"}, refresh=False)
       if stop or (done < config.steps and time.monotonic() - saved_at >= self.checkpoint_seconds):
-        self._save(index, placed, history, checkpoints)
+        self._save(index, placed, history, seconds + time.monotonic() - start, checkpoints)
         saved_at = time.monotonic()
       if stop:
         kept = f"; its state is in {checkpoints.folder}" if checkpoints else ""
         raise Interrupted(f"stopped at step {done} of batch {index + 1} of {len(self.sizes)}{kept}")
     images = np.clip(group.unshard(placed.images), 0.0, 1.0)
-    return images, {name: np.asarray(values, np.float32) for name, values in history.items()}
+    curves = {name: np.asarray(values, np.float32) for name, values in history.items()}
+    return images, {**curves, "seconds": np.float32(seconds + time.monotonic() - start)}
 
   def _place(self, state: SynthesisState) -> SynthesisState:
     """Pixels and their Adam moments are split over the devices, counters copied."""
@@ -259,12 +264,17 @@ class _Run(NamedTuple):
     )
 
   def _save(
-    self, index: int, placed: SynthesisState, history: dict[str, list[float]], checkpoints: Checkpoints | None
+    self,
+    index: int,
+    placed: SynthesisState,
+    history: dict[str, list[float]],
+    seconds: float,
+    checkpoints: Checkpoints | None,
   ) -> None:
     if checkpoints is not None:
       state = self._gathered(placed)
       number = index * (self.config.steps + 1) + int(state.step)
-      checkpoints.save(number, state, settings=self.settings, extra={"batch": index, "history": history})
+      checkpoints.save(number, state, settings=self.settings, extra={"batch": index, "history": history, "seconds": seconds})
 
   def _check(self, index: int, placed: SynthesisState, checkpoints: Checkpoints | None) -> None:
     bad_step = int(self.group.first(placed.bad_step))

@@ -6,6 +6,7 @@ import math
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
@@ -51,28 +52,30 @@ def test_pixels_outside_the_range_are_clipped(tmp_path: pathlib.Path) -> None:
   assert [found[4, 8 * i + 4, 0] for i in range(3)] == [0, 255, 0]
 
 
-def test_every_figure_is_the_same_file_when_made_again(tmp_path: pathlib.Path) -> None:
-  layers = {f"block_{i}/BatchNorm_0": 10.0 ** (i % 4 - 4) for i in range(52)}
-  steps = np.arange(5)
+LAYERS = {f"block_{i}/BatchNorm_0": 10.0 ** (i % 4 - 4) for i in range(52)}
+BARS = {"8w8a": {"bns": (0.9, 0.88, 0.92), "g": None}, "4w4a": {"g": (0.01, 0.0, 0.02)}}
+CURVES = {"bns": (np.arange(5), 0.5 ** np.arange(5)), "g": ([0], [0.4])}
 
-  def make(folder: pathlib.Path) -> list[pathlib.Path]:
-    return [
-      figures.image_grid(np.zeros((2, 4, 4, 3)), folder / "grid.png", titles=["a", "b"]),
-      figures.jkl_curve({"bns": (steps, 0.5**steps), "g": ([0], [0.4])}, folder / "jkl.png", references={"real": 0.04}),
-      figures.layer_bars({"bns": layers, "gaussian": layers}, folder / "layers.png"),
-      figures.layer_bars({"bns": {f"l{i}": i for i in range(20)}}, folder / "few.png"),
-      figures.accuracy_bars(
-        {"8w8a": {"bns": (0.9, 0.88, 0.92), "g": None}, "4w4a": {"g": (0.01, 0, 0.02)}},
-        folder / "bars.png",
-        reference=0.93,
-      ),
-    ]
 
-  for first, second in zip(make(tmp_path / "a"), make(tmp_path / "b")):
-    assert first.read_bytes() == second.read_bytes()
-    pixels = _pixels(first)
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1
-    assert max(pixels.shape) < 2400
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda path: figures.image_grid(np.zeros((2, 4, 4, 3)), path, titles=["a", "b"]),
+    lambda path: figures.jkl_curve(CURVES, path, references={"real": 0.04}),
+    lambda path: figures.layer_bars({"bns": LAYERS, "gaussian": LAYERS}, path),
+    lambda path: figures.layer_bars({"bns": {f"layer_{i}": float(i) for i in range(20)}}, path),
+    lambda path: figures.accuracy_bars(BARS, path, reference=0.93),
+  ],
+  ids=["grid", "curve", "many_layers", "few_layers", "accuracy"],
+)
+def test_a_figure_is_the_same_file_when_made_again(
+  tmp_path: pathlib.Path, make: Callable[[pathlib.Path], pathlib.Path]
+) -> None:
+  first, second = make(tmp_path / "a.png"), make(tmp_path / "b.png")
+  assert first.read_bytes() == second.read_bytes()
+  pixels = _pixels(first)
+  assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1
+  assert max(pixels.shape) < 2400
 
 
 def test_bars_are_as_high_as_their_values(tmp_path: pathlib.Path) -> None:

@@ -75,12 +75,12 @@ def test_a_network_without_composite_modules_has_no_stages(tools: Any) -> None:
   assert resolve_stages(network, network, None) == ()
   # A layer of Flax itself is not a default, but may be asked for.
   assert resolve_stages(network, network, ("conv",)) == ("conv",)
-  with pytest.raises(KwjaxError, match="has no module 'layer1' that returns a feature map .*: conv, BatchNorm_0"):
+  with pytest.raises(KwjaxError, match=r"has no module 'layer1' that returns a feature map .*: conv, BatchNorm_0"):
     resolve_stages(network, network, ("layer1",))
 
 
 def test_unknown_stage_lists_candidates(teacher: Network, student: Network) -> None:
-  with pytest.raises(KwjaxError, match="student has no module 'block9' .* candidates: block1, block3"):
+  with pytest.raises(KwjaxError, match=r"student has no module 'block9' .* candidates: block1, block3"):
     resolve_stages(student, teacher, ("block1", "block9"))
 
 

@@ -53,7 +53,9 @@ def test_draws_are_with_replacement_and_differ_by_step_and_key():
   # The first steps do not depend on how many follow.
   np.testing.assert_array_equal(index[:5], draws(KEY, steps=5, batch_size=40, count=30))
   counts = np.bincount(index.ravel(), minlength=30)
-  assert counts.min() > 30 and counts.max() < 110  # 66.7 expected, standard deviation 8
+  # 66.7 expected, standard deviation 8.
+  assert counts.min() > 30
+  assert counts.max() < 110
 
 
 @pytest.mark.parametrize("ranges", ["sample", "chunk"])

@@ -79,7 +79,7 @@ def test_no_gradient_flows_through_the_scale():
 
 
 def test_unknown_reading_is_named():
-  with pytest.raises(RuleError, match="'median'.*affine"):
+  with pytest.raises(RuleError, match=r"'median'.*affine"):
     weight_grid(jnp.ones((2, 2)), "median", 4, axes=(0,))
 
 

@@ -20,11 +20,11 @@ def used_kernels(network, rules, images):
   return jax.jit(lambda v, x: quantize_weights(keep, network, rules)(v, x)[1])(network.variables, images)
 
 
-@pytest.mark.parametrize("weights", ["sym", "symfull", "affine0", "midrise"])
-@pytest.mark.parametrize("bits", range(2, 9))
+CASES = [(w, b) for w in ("sym", "symfull", "affine0", "midrise") for b in range(2, 9) if (w, b) != ("midrise", 8)]
+
+
+@pytest.mark.parametrize(("weights", "bits"), CASES)
 def test_dequantizes_bit_equal(network, images, weights, bits):
-  if (weights, bits) == ("midrise", 8):
-    pytest.skip("refused, see below")
   rules = QuantRules.parse(f"{bits}w32a", weights=weights)
   found = integer_weights(quantize(network, rules, Ranges({})))
   kernels = used_kernels(network, rules, images)
@@ -38,7 +38,7 @@ def test_dequantizes_bit_equal(network, images, weights, bits):
     # Independent of `dequantize`: int32 arithmetic, one float32 product.
     q, zero = np.asarray(tensor.q, np.int32), np.asarray(tensor.zero)
     np.testing.assert_array_equal((q - zero).astype(np.float32) * np.asarray(tensor.scale), expected)
-    assert np.asarray(tensor.q).max() - np.asarray(tensor.q).min() <= (2 if weights == "midrise" else 1) * (2**bits - 1)
+    assert int(q.max()) - int(q.min()) <= (2 if weights == "midrise" else 1) * (2**bits - 1)
 
 
 def test_stacked_kernels_equal_the_unrolled_ones(stacked_networks):
@@ -63,8 +63,8 @@ def test_float_layers_are_left_out(network):
 
 
 def test_readings_without_integers_are_refused_by_layer_and_name(network):
-  with pytest.raises(RuleError, match="layer stem .*'affine' has a real zero point"):
+  with pytest.raises(RuleError, match=r"layer stem .*'affine' has a real zero point"):
     integer_weights(quantize(network, QuantRules.parse("4w32a"), Ranges({})))
   rules = QuantRules.parse("4w32a", weights="midrise", overrides={"last": "8w32a"})
-  with pytest.raises(RuleError, match="layer classifier .*'midrise' at 8 bits"):
+  with pytest.raises(RuleError, match=r"layer classifier .*'midrise' at 8 bits"):
     integer_weights(quantize(network, rules, Ranges({})))

@@ -77,9 +77,9 @@ def test_bad_bits_are_refused_with_the_expected_form(text):
 
 
 def test_bad_options_are_refused():
-  with pytest.raises(RuleError, match="weight reading 'mse'.*affine0"):
+  with pytest.raises(RuleError, match=r"weight reading 'mse'.*affine0"):
     QuantRules.parse("4w4a", weights="mse")
-  with pytest.raises(RuleError, match="range reading 'percentile'.*chunk"):
+  with pytest.raises(RuleError, match=r"range reading 'percentile'.*chunk"):
     QuantRules.parse("4w4a", ranges="percentile")
   with pytest.raises(RuleError, match=r"'conv\(' is not a regular expression"):
     QuantRules.parse("4w4a", overrides={"conv(": "8w8a"})
@@ -132,7 +132,7 @@ def test_bad_json_is_refused():
     {k: v for k, v in good.items() if k != "ranges"},
     {**good, "overrides": {"a": "8w8a"}},
   ):
-    with pytest.raises(RuleError, match="keys|pairs"):
+    with pytest.raises(RuleError, match=r"keys|pairs"):
       QuantRules.from_json(bad)
   with pytest.raises(RuleError, match="cannot read bits 3"):
     QuantRules.from_json({**good, "bits": 3})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -72,7 +73,7 @@ def test_damage_is_found(network, images, tmp_path, file, damage):
   else:
     payload[-3] ^= 1
     path.write_bytes(payload)
-  with pytest.raises(WeightsError, match=file if file != "quantization.json" else "quantization.json"):
+  with pytest.raises(WeightsError, match=re.escape(file)):
     load_quantized(tmp_path, module=network.module)
 
 
@@ -81,5 +82,5 @@ def test_weights_of_another_network_are_refused(network, make_network, images, t
 
   save_quantized(student(network, images), tmp_path)
   save_network(make_network(network.module, network.image_shape, seed=5), tmp_path)
-  with pytest.raises(WeightsError, match="model.safetensors is damaged or of another network"):
+  with pytest.raises(WeightsError, match=r"model\.safetensors is damaged or of another network"):
     load_quantized(tmp_path, module=network.module)

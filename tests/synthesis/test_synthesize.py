@@ -58,6 +58,8 @@ def test_interrupted_anywhere_it_ends_with_the_same_images(tmp_path: pathlib.Pat
   np.testing.assert_array_equal(resumed.history["loss"], whole.history["loss"])
   again = synthesize(network, config(), num_images=12, key=KEY, workdir=tmp_path, should_stop=lambda: True)
   np.testing.assert_array_equal(again.images, whole.images)  # nothing was left to do
+  assert again.history["seconds"].shape == (2,)
+  assert again.history["seconds"].min() > 0
 
 
 def test_a_damaged_batch_is_made_again(tmp_path: pathlib.Path) -> None:

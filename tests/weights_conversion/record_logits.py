@@ -1,4 +1,4 @@
-"""Writes `recorded_logits.npz` beside this file: what the PyTorch networks answer for weights that NumPy can make again.
+"""Writes `recorded_logits.npz` beside this file: answers of PyTorch networks to weights that NumPy can make again.
 
 Needs torch, torchvision, efficientnet-lite-pytorch and the package behind `--source demo`. Run from the repository:
 `python tests/weights_conversion/record_logits.py`.

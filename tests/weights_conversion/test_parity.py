@@ -30,8 +30,6 @@ from weights_conversion.naming import namings
 
 RECORDED = pathlib.Path(__file__).with_name("recorded_logits.npz")
 TOLERANCE = 1e-4
-# Tracing and compiling DenseNet-121 alone takes longer than the other networks together.
-NETWORKS = [pytest.param(arch, marks=pytest.mark.slow if arch == "densenet121" else ()) for arch in TORCHVISION]
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -64,7 +62,7 @@ def converted(tmp_path_factory):
   return make
 
 
-@pytest.mark.parametrize("arch", NETWORKS)
+@pytest.mark.parametrize("arch", TORCHVISION)
 def test_torchvision_networks_agree_with_recorded_logits(arch, converted):
   with np.load(RECORDED) as recorded:
     expected = recorded[arch]
@@ -72,7 +70,7 @@ def test_torchvision_networks_agree_with_recorded_logits(arch, converted):
   assert relative_error(converted(arch)[1], expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("arch", NETWORKS)
+@pytest.mark.parametrize("arch", TORCHVISION)
 def test_torchvision_networks_agree_with_torchvision(arch, converted, tmp_path):
   torch = pytest.importorskip("torch")
   if importlib.util.find_spec("torchvision") is None:  # importing it here would fail, see import_torchvision

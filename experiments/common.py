@@ -1,0 +1,143 @@
+"""What every experiment does around its own work: one clear error, one folder, a compilation cache, remembered stages."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from experiments.options import Options
+from kwjax.errors import Interrupted, KwjaxError, WeightsError
+from kwjax.network import Network, load_network
+from kwjax.runtime.files import check_settings, read_json, write_json
+from kwjax.runtime.workdir import Shutdown, graceful_shutdown, lock_workdir
+
+USAGE_ERROR = 2
+
+
+def cache_folder() -> pathlib.Path:
+  """`$KWJAX_CACHE`, or `~/.cache/kwjax`."""
+  return pathlib.Path(os.environ.get("KWJAX_CACHE") or pathlib.Path.home() / ".cache" / "kwjax")
+
+
+def use_compilation_cache() -> None:
+  """Keep compiled programs between runs, unless the user has chosen a place or a policy already."""
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def say(text: str) -> None:
+  """A line for the person who watches; progress bars use the same stream."""
+  print(text, file=sys.stderr, flush=True)
+
+
+def run_command(work: Callable[[], int | None]) -> int:
+  """Run an experiment and turn what users can cause into one sentence and an exit status.
+
+  Returns:
+    0, 2 after an error of the user's, 130 or 143 after Ctrl-C or SIGTERM.
+  """
+  try:
+    return work() or 0
+  except KwjaxError as error:
+    say(f"error: {error}")
+    return USAGE_ERROR
+  except Interrupted as stop:
+    say(f"{stop}; the same command goes on from there")
+    return 130
+  except KeyboardInterrupt:
+    say("interrupted; the same command goes on from the last checkpoint")
+    return 130
+  except MemoryError:
+    say("error: out of memory; a smaller --batch-size or fewer --duplicates need less (see --dry-run)")
+    return USAGE_ERROR
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    say("error: the device is out of memory; a smaller --batch-size or fewer --duplicates need less (see --dry-run)")
+    return USAGE_ERROR
+
+
+def get_network(options: Options, *, default: str | None) -> Network:
+  """The network that the options name: --network FOLDER, --arch with --weights, or the default source.
+
+  Raises:
+    KwjaxError: the options contradict each other, name nothing, or the weights are unusable.
+  """
+  from weights_conversion.convert import convert
+
+  if options.network is not None:
+    if options.arch or options.weights:
+      raise KwjaxError("--network already says which network: give it, or --arch with --weights, not both")
+    return load_network(options.network)
+  if options.weights is not None or options.arch is not None:
+    if options.arch is None or options.weights is None:
+      raise KwjaxError("--arch and --weights belong together: --arch resnet18 --weights torchvision")
+    return convert(options.arch, options.weights)
+  if default is None:
+    raise KwjaxError(
+      "no network was given: --network FOLDER (written by python -m weights_conversion), or --arch NAME --weights FILE"
+    )
+  try:
+    return convert(default, "demo")
+  except WeightsError as error:
+    raise WeightsError(f"{error}; or name your own network with --network FOLDER or --arch with --weights") from error
+
+
+class Stages:
+  """Results of finished stages in a run's folder, so that a resumed run does none of them twice."""
+
+  def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Opens the folder of a run.
+
+    Raises:
+      CheckpointError: the folder belongs to a run with other settings; each difference is named.
+    """
+    self.folder = folder
+    path = folder / "settings.json"
+    if path.exists():
+      check_settings(folder, read_json(path), settings)
+    else:
+      write_json(path, settings)
+
+  def once(self, name: str, compute: Callable[[], Any]) -> Any:
+    """The JSON-able result of `compute`, computed at most once in the life of the folder."""
+    path = self.folder / "stages" / f"{name}.json"
+    if path.exists():
+      return read_json(path)["result"]
+    start = time.monotonic()
+    result = compute()
+    write_json(path, {"result": result, "seconds": time.monotonic() - start})
+    return read_json(path)["result"]
+
+  def seconds(self, name: str) -> float | None:
+    """How long a stage took when it was computed, or None."""
+    path = self.folder / "stages" / f"{name}.json"
+    return read_json(path)["seconds"] if path.exists() else None
+
+
+def in_workdir(folder: pathlib.Path, options: Options, work: Callable[[pathlib.Path, Shutdown], None]) -> None:
+  """Run `work(folder, shutdown)` with the folder locked and signals turned into a request to stop.
+
+  Raises:
+    KwjaxError: another process uses the folder.
+  """
+  with lock_workdir(folder), graceful_shutdown() as shutdown:
+    if not options.resume:
+      _clear(folder)
+    work(folder, shutdown)
+
+
+def _clear(folder: pathlib.Path) -> None:
+  """Remove what a run writes, and nothing else that a user may keep in the folder."""
+  for name in ("settings.json", "report.json", "report.html"):
+    (folder / name).unlink(missing_ok=True)
+  for name in ("stages", "synthesis", "gaussian", "distillation", "quantized", "figures"):
+    shutil.rmtree(folder / name, ignore_errors=True)

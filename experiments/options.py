@@ -1,0 +1,152 @@
+"""Command-line options of the main job, and what a preset fills in."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from kwjax.errors import KwjaxError
+from kwjax.network import Network, fingerprint
+from kwjax.runtime.files import canonical_json
+from kwjax.synthesis import PAPER_ROWS, SynthesisConfig
+
+Scheme = Literal["bns", "inception", "bns+inception", "deepinversion", "gaussian"]
+Preset = Literal["cpu", "paper", "smoke"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Options of the main job; None means: what the preset says."""
+
+  network: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+  """A network written by `python -m weights_conversion` or `kwjax.save_network`."""
+  arch: str | None = None
+  """Architecture of --weights, such as resnet18 (an unknown name lists the known ones)."""
+  weights: str | None = None
+  """Weights of --arch: a .pth/.safetensors file, a URL, `torchvision`, or `demo` (the embedded EfficientNet-Lite0)."""
+  scheme: Scheme = "bns"
+  """How images are made. Gaussian images are always made beside them, as the baseline."""
+  bits: tuple[str, ...] = ("8w8a", "4w8a", "4w4a")
+  """Precisions to calibrate, each #w#a; the last one is fine-tuned."""
+  first_last: str | None = "8w8a"
+  """Precision of the first convolution and of the classifier; `none` treats them like the rest."""
+  images: int | None = None
+  """Distinct images to synthesize for calibration and fine-tuning; a quarter more is made and held out."""
+  steps: int | None = None
+  """Optimization steps a batch."""
+  batch_size: int | None = None
+  """Images optimized together."""
+  duplicates: int | None = None
+  """Independently augmented copies of each image in a step."""
+  distill_steps: int | None = None
+  """SGD steps of the fine-tuning; 0 leaves it out."""
+  distill_batch_size: int | None = None
+  """Images a fine-tuning step."""
+  distill_learning_rate: float = 0.01
+  """Peak learning rate of the fine-tuning; the published 0.1 is for 16,000 steps and more."""
+  eval_data: str | None = None
+  """Labelled images to evaluate on, never used for anything else: a zip or folder of CLASS_*.jpg, class folders, .npz, tfds:NAME."""
+  real_data: str | None = None
+  """Real images to calibrate with as well, for comparison only; the same forms, FILE.npz:train picks a split."""
+  preset: Preset = "cpu"
+  """cpu: minutes on two cores. paper: the published settings, for accelerators. smoke: the shortest complete run."""
+  workdir: pathlib.Path | None = None
+  """Where everything goes. Default: runs/EXPERIMENT-..., a folder of its own for every set of options."""
+  resume: bool = True
+  """Go on where an earlier run with the same options stopped; --no-resume starts over."""
+  seed: int = 0
+  """Seed of everything random."""
+  devices: int | None = None
+  """Number of devices. Default: all accelerators, or one CPU."""
+  dry_run: bool = False
+  """Say what would be done and what it would cost, and do nothing."""
+
+  def first_last_bits(self) -> str | None:
+    """--first-last, with `none` read as None."""
+    return None if self.first_last in (None, "none") else self.first_last
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """How much of everything; what a preset fills in."""
+
+  images: int
+  steps: int
+  batch_size: int
+  duplicates: int
+  distill_steps: int
+  distill_batch_size: int
+  calibration_steps: int
+  calibration_batch: int
+
+
+_PRESETS: dict[tuple[str, bool], Sizes] = {
+  # (preset, whether images are small): CIFAR-sized networks and ImageNet-sized ones
+  ("cpu", True): Sizes(384, 120, 128, 2, 120, 64, 200, 256),
+  ("cpu", False): Sizes(32, 40, 40, 1, 20, 16, 200, 256),
+  ("paper", True): Sizes(500, 1000, 800, 4, 16000, 256, 200, 256),
+  ("paper", False): Sizes(10000, 1000, 80, 4, 44000, 256, 200, 256),
+  ("smoke", True): Sizes(8, 3, 10, 2, 2, 4, 2, 16),
+  ("smoke", False): Sizes(3, 2, 4, 1, 1, 2, 2, 16),
+}
+
+
+def sizes(options: Options, network: Network) -> Sizes:
+  """What the preset says for this network, with the options that were given put in its place.
+
+  Raises:
+    KwjaxError: a number is out of range.
+  """
+  base = _PRESETS[options.preset, network.image_shape[0] <= 64]
+  given = {
+    field.name: value
+    for field in dataclasses.fields(Sizes)
+    if (value := getattr(options, field.name, None)) is not None
+  }
+  for name, value in given.items():
+    least = 0 if name in ("distill_steps", "steps") else 1
+    if value < least:
+      raise KwjaxError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
+  return dataclasses.replace(base, **given)
+
+
+def synthesis_config(options: Options, network: Network, chosen: Sizes) -> SynthesisConfig:
+  """Settings of the synthesis: published ones under --preset paper, else the project's defaults at the chosen size.
+
+  Raises:
+    KwjaxError: there are no published settings for this network's architecture.
+  """
+  if options.scheme == "gaussian":
+    return SynthesisConfig.preset("gaussian")
+  if options.preset == "paper":
+    row = next((row for row in PAPER_ROWS if network.arch and row.startswith(network.arch + "_")), None)
+    small, large = "resnet44_cifar10", "resnet18_imagenet"
+    config = SynthesisConfig.preset(options.scheme, row or (small if network.image_shape[0] <= 64 else large))
+    if options.steps is not None:
+      config = config.with_steps(options.steps)
+    changes = {name: value for name in ("batch_size", "duplicates") if (value := getattr(options, name)) is not None}
+    return config.replace(**changes)
+  config = SynthesisConfig.for_network(options.scheme, min(network.image_shape[:2]))
+  return config.with_steps(chosen.steps).replace(batch_size=chosen.batch_size, duplicates=chosen.duplicates)
+
+
+def run_folder(name: str, options: Options, network: Network) -> pathlib.Path:
+  """--workdir, or a folder whose name derives from everything that changes the result.
+
+  The same command therefore resumes its own run, and another command never meets it.
+  """
+  if options.workdir is not None:
+    return options.workdir
+  digest = hashlib.sha256(canonical_json(result_settings(options, network)).encode()).hexdigest()[:8]
+  return pathlib.Path("runs") / f"{name}-{network.name}-{options.scheme}-seed{options.seed}-{digest}"
+
+
+def result_settings(options: Options, network: Network) -> dict[str, Any]:
+  """The options that the results depend on."""
+  without_effect = ("workdir", "resume", "dry_run", "network", "weights", "devices")
+  settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in without_effect}
+  return {**settings, "network": fingerprint(network)}

@@ -1,0 +1,173 @@
+"""The depthwise form against `lax.conv_general_dilated`: value, both gradients, and the transformations it survives."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from kwjax.models.convolution import conv_general_dilated
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def _operands(shape=(3, 9, 7, 4), size=3, multiplier=1):
+  keys = jax.random.split(jax.random.key(0))
+  kernel = jax.random.normal(keys[1], (size, size, 1, shape[3] * multiplier))
+  return jax.random.normal(keys[0], shape), kernel
+
+
+def _convolve(function, images, kernel, stride=1, padding="SAME", **options):
+  strides = (stride, stride)
+  groups = images.shape[-1]
+  return function(images, kernel, strides, padding, dimension_numbers=_LAYOUT, feature_group_count=groups, **options)
+
+
+def _uses_native(images, kernel, **options):
+  lowered = jax.jit(functools.partial(_convolve, conv_general_dilated, **options)).lower(images, kernel)
+  return "stablehlo.convolution" in lowered.as_text()
+
+
+def _loss(function, images, kernel, stride=2, padding=((1, 1), (1, 1))):
+  return jnp.sum(jnp.sin(_convolve(function, images, kernel, stride, padding)))
+
+
+@pytest.mark.parametrize(
+  ("shape", "size", "stride", "padding"),
+  [
+    ((2, 9, 7, 4), 3, 1, "SAME"),
+    ((2, 9, 7, 4), 3, 1, ((1, 1), (1, 1))),
+    ((2, 9, 7, 4), 3, 2, ((1, 1), (1, 1))),
+    ((2, 8, 8, 3), 3, 2, "SAME"),
+    ((1, 19, 20, 2), 3, 2, "VALID"),
+    ((2, 9, 7, 4), 5, 1, ((2, 2), (2, 2))),
+    ((2, 9, 7, 4), 5, 2, ((2, 2), (2, 2))),
+    ((2, 8, 8, 3), 5, 2, "SAME"),
+    ((1, 19, 20, 2), 5, 1, "VALID"),
+    ((2, 9, 7, 4), 3, 2, ((0, 1), (2, 0))),
+    ((2, 1, 1, 4), 3, 2, ((1, 1), (1, 1))),
+    ((2, 1, 1, 4), 5, 1, "SAME"),
+    ((2, 2, 3, 2), 5, 2, "SAME"),
+    ((1, 19, 20, 2), 3, 4, "VALID"),
+  ],
+)
+def test_equals_the_native_form_in_value_and_both_gradients(shape, size, stride, padding):
+  images, kernel = _operands(shape, size)
+  cotangent = jax.random.normal(
+    jax.random.key(2), _convolve(lax.conv_general_dilated, images, kernel, stride, padding).shape
+  )
+
+  def value_and_gradients(function):
+    value, vjp = jax.vjp(lambda x, k: _convolve(function, x, k, stride, padding), images, kernel)
+    return value, *vjp(cotangent)
+
+  found = jax.jit(value_and_gradients, static_argnums=0)(conv_general_dilated)
+  expected = jax.jit(value_and_gradients, static_argnums=0)(lax.conv_general_dilated)
+  for ours, native in zip(found, expected, strict=True):
+    np.testing.assert_allclose(ours, native, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("platform", "native"), [("cpu", False), ("cuda", True), ("tpu", True)])
+def test_each_platform_is_lowered_to_its_own_form_alone(platform, native):
+  gradients = jax.jit(jax.grad(functools.partial(_loss, conv_general_dilated), (0, 1)))
+  text = gradients.trace(*_operands()).lower(lowering_platforms=(platform,)).as_text()
+  assert text.count("stablehlo.convolution") == (3 if native else 0)  # forward and two gradients
+
+
+def test_no_choice_is_left_to_run_time():
+  gradients = jax.jit(jax.grad(functools.partial(_loss, conv_general_dilated), (0, 1)))
+  compiled = gradients.lower(*_operands()).compile().as_text()
+  assert "conditional(" not in compiled
+
+
+def test_the_gradient_of_the_image_alone_computes_no_kernel_gradient():
+  image_gradient = jax.jit(jax.grad(functools.partial(_loss, conv_general_dilated)))
+  text = image_gradient.trace(*_operands()).lower(lowering_platforms=("tpu",)).as_text()
+  assert text.count("stablehlo.convolution") == 2
+
+
+@pytest.mark.parametrize(
+  ("multiplier", "dtype", "options"),
+  [
+    (2, jnp.float32, {}),
+    (1, jnp.bfloat16, {}),
+    (1, jnp.float32, {"rhs_dilation": (2, 2)}),
+    (1, jnp.float32, {"lhs_dilation": (2, 2), "padding": ((1, 1), (1, 1))}),
+    (1, jnp.float32, {"preferred_element_type": jnp.float32}),
+    (1, jnp.float32, {"padding": ((-1, 1), (1, 1))}),
+  ],
+)
+def test_what_the_fast_form_does_not_cover_goes_to_lax(multiplier, dtype, options):
+  images, kernel = (operand.astype(dtype) for operand in _operands(multiplier=multiplier))
+  assert _uses_native(images, kernel, **options)
+  expected = _convolve(lax.conv_general_dilated, images, kernel, **options)
+  np.testing.assert_array_equal(_convolve(conv_general_dilated, images, kernel, **options), expected)
+
+
+def test_ordinary_convolutions_go_to_lax():
+  images = jnp.ones((1, 5, 5, 4))
+  kernel = jnp.ones((3, 3, 4, 6))
+  strides, padding = (1, 1), "SAME"
+  found = conv_general_dilated(images, kernel, strides, padding, dimension_numbers=_LAYOUT)
+  assert found[0, 2, 2, 0] == 36
+
+
+def test_vmap_over_images_and_over_kernels():
+  images, kernel = _operands()
+  gradient = jax.grad(functools.partial(_loss, conv_general_dilated), (0, 1))
+  expected = jax.grad(functools.partial(_loss, lax.conv_general_dilated), (0, 1))(images, kernel)
+  per_image = jax.vmap(gradient, (0, None))(images[:, None], kernel)
+  np.testing.assert_allclose(per_image[0][:, 0], expected[0], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(per_image[1].sum(0), expected[1], rtol=1e-4, atol=2e-5)
+  doubled = jax.vmap(functools.partial(_convolve, conv_general_dilated), (None, 0))(
+    images, jnp.stack([kernel, 2 * kernel])
+  )
+  np.testing.assert_allclose(doubled[1], 2 * doubled[0], rtol=1e-6)
+
+
+def test_second_derivatives_and_remat():
+  images, kernel = _operands()
+
+  def squared_gradient(function):
+    return jax.grad(lambda x: jnp.sum(jax.grad(functools.partial(_loss, function), 1)(x, kernel) ** 2))(images)
+
+  found, expected = squared_gradient(conv_general_dilated), squared_gradient(lax.conv_general_dilated)
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+  plain = jax.grad(functools.partial(_loss, conv_general_dilated))(images, kernel)
+  rematerialised = jax.grad(jax.checkpoint(functools.partial(_loss, conv_general_dilated)))(images, kernel)
+  np.testing.assert_allclose(rematerialised, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_maps_over_devices_sum_the_gradient_of_a_shared_kernel():
+  images, kernel = _operands((2, 6, 6, 4))
+  expected = jax.grad(functools.partial(_loss, lax.conv_general_dilated), (0, 1))(images, kernel)
+  gradient = jax.grad(functools.partial(_loss, conv_general_dilated), (0, 1))
+  mapped = jax.pmap(gradient, axis_name="devices", in_axes=(0, None), devices=jax.devices()[:1])(images[None], kernel)
+  mesh, split, whole = Mesh(np.array(jax.devices()[:1]), ("devices",)), PartitionSpec("devices"), PartitionSpec()
+  sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(split, whole), out_specs=(split, whole)))
+  for found in ((mapped[0][0], mapped[1][0]), sharded(images, kernel)):
+    for ours, native in zip(found, expected, strict=True):
+      np.testing.assert_allclose(ours, native, rtol=1e-4, atol=2e-5)
+
+
+def test_one_export_for_several_platforms():
+  images, kernel = _operands()
+  gradient = jax.jit(jax.grad(functools.partial(_loss, conv_general_dilated), (0, 1)))
+  exported = jax.export.export(gradient, platforms=("cpu", "cuda", "tpu"))(images, kernel)
+  for ours, direct in zip(jax.jit(exported.call)(images, kernel), gradient(images, kernel), strict=True):
+    np.testing.assert_allclose(ours, direct, rtol=1e-6, atol=1e-6)
+
+
+def test_a_flax_layer_takes_it():
+  images, _ = _operands()
+  options = {"features": 4, "kernel_size": (3, 3), "strides": 2, "padding": "SAME", "feature_group_count": 4}
+  ours, native = nn.Conv(**options, conv_general_dilated=conv_general_dilated), nn.Conv(**options)
+  variables = native.init(jax.random.key(1), images)
+  np.testing.assert_allclose(ours.apply(variables, images), native.apply(variables, images), rtol=1e-5, atol=1e-5)
