@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pathlib
 import shutil
@@ -31,6 +32,17 @@ def use_compilation_cache() -> None:
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def keep_freed_memory() -> None:
+  """Tell glibc to keep freed memory for the next step instead of giving it back to the system after each; see launch.py."""
+  try:
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+  except (OSError, AttributeError):
+    return  # another C library
+  m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+  for parameter, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_arena_max, 1)):
+    mallopt(parameter, value)
 
 
 def say(text: str) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments import cost, results
-from experiments.common import Stages, get_network, in_workdir, say, use_compilation_cache
+from experiments.common import Stages, get_network, in_workdir, keep_freed_memory, say, use_compilation_cache
 from experiments.options import Options, Sizes, result_settings, run_folder, sizes, synthesis_config
 from kwjax.analysis.similarity import Similarity, measure
 from kwjax.batchnorm import INPUT
@@ -90,6 +90,7 @@ def run(options: Options, *, name: str, default: str | None) -> int:
     Interrupted: the run was asked to stop.
   """
   use_compilation_cache()
+  keep_freed_memory()
   device_group(options.devices)
   network = get_network(options, default=default)
   rules = parse_rules(options, network)

@@ -33,6 +33,15 @@ def gaussian_kl(reference: Moments, measured: Moments, *, eps: float = 1e-8) -> 
   return 0.5 * (jnp.log(var / ref_var) - 1.0 + (ref_var + jnp.square(reference.mean - measured.mean)) / var)
 
 
+def log_gaussian_kl(reference: Moments, measured: Moments) -> Array:
+  """log(1 + KL) per channel: the Gaussian KL where it is small, and bounded influence of the channels where it is not.
+
+  Behind a ReLU6 some channels fire for few images. On other images their measured variance is zero and the KL of that one
+  channel is of order 1e5, more than all others together; its gradient is divided by 1 + KL here.
+  """
+  return jnp.log1p(jnp.maximum(gaussian_kl(reference, measured), 0.0))
+
+
 def moment_mse(reference: Moments, measured: Moments) -> Array:
   """(mean - mean)^2 + (var - var)^2 per channel: the BNS loss of GDFQ and Qimera; f32[c]."""
   return jnp.square(reference.mean - measured.mean) + jnp.square(reference.var - measured.var)
@@ -56,6 +65,7 @@ def moment_l2(reference: Moments, measured: Moments) -> Array:
 
 DIVERGENCES: Mapping[str, Divergence] = {
   "gaussian_kl": gaussian_kl,
+  "log_gaussian_kl": log_gaussian_kl,
   "moment_mse": moment_mse,
   "std_mse": std_mse,
   "moment_l2": moment_l2,

@@ -48,22 +48,25 @@ def planner(key: Array, num_images: int, config: DistillConfig) -> Callable[[int
   def order(epoch: int) -> np.ndarray:
     return np.asarray(jax.random.permutation(jax.random.fold_in(order_key, epoch), num_images), np.int32)
 
-  @jax.jit
-  def draw(step: Array) -> tuple[Mixing | None, Array | None]:
-    mixing, keys = None, None
-    if config.mixup is not None:
-      mixing = draw_mixing(jax.random.fold_in(mix_key, step), count, num_images, config.mixup)
-    if config.augment is not None:
-      keys = jax.random.split(jax.random.fold_in(augment_key, step), (count, 2))
-    return mixing, keys
-
   def plan(step: int) -> Plan:
     positions = np.arange(step * count, (step + 1) * count)
     first, last = int(positions[0]) // num_images, int(positions[-1]) // num_images
     parts = [order(e)[positions[positions // num_images == e] % num_images] for e in range(first, last + 1)]
-    return Plan(np.concatenate(parts), *draw(jnp.int32(step)))
+    return Plan(np.concatenate(parts), *_draw(mix_key, augment_key, step, num_images, config))
 
   return plan
+
+
+@functools.partial(jax.jit, static_argnames=("num_images", "config"))
+def _draw(
+  mix_key: Array, augment_key: Array, step: Array | int, num_images: int, config: DistillConfig
+) -> tuple[Mixing | None, Array | None]:
+  mixing, keys = None, None
+  if config.mixup is not None:
+    mixing = draw_mixing(jax.random.fold_in(mix_key, step), config.batch_size, num_images, config.mixup)
+  if config.augment is not None:
+    keys = jax.random.split(jax.random.fold_in(augment_key, step), (config.batch_size, 2))
+  return mixing, keys
 
 
 def gather(images: Any, plan: Plan) -> tuple[Any, Any]:

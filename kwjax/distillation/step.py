@@ -186,7 +186,7 @@ def distill_step(
 
   agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1))
   kl, iq, agreement, level = parallel.mean((kl, iq, agreement, jnp.mean(teacher_logits)), axis_name)
-  norm = optax.global_norm(gradient)
+  norm = optax.tree.norm(gradient)
   is_bad = ~jnp.isfinite(jnp.stack([level, *(iq[stage] for stage in stages), kl, norm]))
   first_time = jnp.any(is_bad) & (state.bad_step < 0)
   next_state = DistillState(

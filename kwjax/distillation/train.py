@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import signal
@@ -213,7 +214,7 @@ class _Run:
     resident = images.nbytes * group.size <= config.resident_bytes
     source = group.replicate(images) if resident else np.asarray(images)
     teacher, state = group.replicate(teacher), group.replicate(state)
-    step_fn = group.compile(_compiled_step(config, resident), donate=(0,))
+    step_fn = _compiled_step(group, config, resident)
     clock = time.perf_counter()
     with tqdm.tqdm(total=config.steps, initial=begin, desc="distill", unit="step", disable=not self.progress) as bar:
       for step in range(begin, config.steps):
@@ -250,12 +251,15 @@ class _Run:
       )
 
 
-def _compiled_step(config: DistillConfig, resident: bool) -> Callable[..., Any]:
+@functools.lru_cache(maxsize=8)
+def _compiled_step(group: DeviceGroup, config: DistillConfig, resident: bool) -> Callable[..., Any]:
+  """`(state, source, plan, teacher) -> (state, metrics)`; kept, so that a second run with other seeds does not compile again."""
+
   def step(state: Any, source: Any, plan: Plan, teacher: Any, axis_name: str | None) -> Any:
     images, partners = gather(source, plan) if resident else source
     return distill_step(state, assemble(images, partners, plan, config.augment), teacher, config, axis_name)
 
-  return step
+  return group.compile(step, donate=(0,))
 
 
 def _summary(row: dict[str, float], images_per_second: float) -> str:

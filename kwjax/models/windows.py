@@ -48,29 +48,6 @@ def tap_of_padded(padded: Array, window: Window, tap: tuple[int, int], rows: int
   return lax.slice(padded, (0, i, j, 0), stop, (1, down, right, 1))
 
 
-def tap_of_valid(
-  images: Array, window: Window, tap: tuple[int, int]
-) -> tuple[Array, list[tuple[int, int, int]]] | None:
-  """What `tap` sees of the unpadded images, and the `lax.pad` configuration that widens it to the output's size.
-
-  Returns None where the tap lies in the padding for every output position.
-  """
-  sizes = window.output_size(images.shape[1], images.shape[2])
-  start, stop, widen = [], [], []
-  for axis, (index, outputs) in enumerate(zip(tap, sizes)):
-    extent, stride, offset = images.shape[axis + 1], window.stride[axis], index - window.padding[axis][0]
-    first = max(0, -(offset // stride))
-    last = min(outputs - 1, (extent - 1 - offset) // stride)
-    if last < first:
-      return None
-    start.append(first * stride + offset)
-    stop.append(last * stride + offset + 1)
-    widen.append((first, outputs - 1 - last, 0))
-  batch, channels = images.shape[0], images.shape[3]
-  seen = lax.slice(images, (0, *start, 0), (batch, *stop, channels), (1, *window.stride, 1))
-  return seen, [(0, 0, 0), *widen, (0, 0, 0)]
-
-
 def scatter_taps(
   shape: tuple[int, int, int, int],
   window: Window,

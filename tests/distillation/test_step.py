@@ -72,7 +72,7 @@ def test_step_is_the_one_written_by_hand(
   (loss, (kl, iq, s, stats)), gradient = jax.value_and_grad(loss_of, has_aux=True)(student.variables["params"])
   np.testing.assert_allclose([metrics[k] for k in ("loss", "kl", "iq")], [loss, kl, iq], rtol=1e-4)
   np.testing.assert_allclose(metrics["agreement"], np.mean(np.argmax(s, -1) == np.argmax(t, -1)))
-  np.testing.assert_allclose(metrics["gradient_norm"], optax.global_norm(gradient), rtol=1e-4)
+  np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-4)
   expected = flat(jax.tree.map(lambda w, g: w - 0.05 * g, student.variables["params"], gradient))
   np.testing.assert_allclose(flat(state.student.variables["params"]), expected, atol=1e-5)
   np.testing.assert_allclose(flat(state.student.variables["batch_stats"]), flat(stats), rtol=1e-4, atol=1e-5)
@@ -104,7 +104,7 @@ def test_gradients_on_eight_devices_are_those_on_one(
 def test_equal_networks_have_zero_loss(teacher: Network, images: np.ndarray, batch_norm: str) -> None:
   state, metrics = one_step(teacher, teacher, images[:16], CONFIG.replace(batch_norm=batch_norm))
   if batch_norm == "frozen":
-    assert float(metrics["loss"]) == 0.0
+    assert abs(float(metrics["loss"])) < 1e-7
     assert float(metrics["agreement"]) == 1.0
     before, after = flat(teacher.variables["params"]), flat(state.student.variables["params"])
     np.testing.assert_allclose(after, before, atol=1e-6)

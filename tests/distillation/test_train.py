@@ -77,7 +77,7 @@ def test_quantized_student_gets_closer_and_keeps_its_ranges(teacher: Network, im
 def test_equal_float_student_with_frozen_statistics_stays(teacher: Network, images: np.ndarray) -> None:
   config = CONFIG.replace(batch_norm="frozen")
   trained, history = distill_with_history(teacher, teacher, images, config, key=KEY)
-  assert max(row["loss"] for row in history) < 1e-9
+  assert max(row["loss"] for row in history) < 1e-6
   np.testing.assert_allclose(flat(trained.variables), flat(teacher.variables), atol=1e-6)
 
 

@@ -168,9 +168,9 @@ def test_batch_norm_constants_are_those_of_the_original(name):
 def test_training_mode_moves_the_running_statistics_and_evaluation_does_not(name):
   module = get_model(name)
   images = 3.0 + jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
-  variables = module.init(jax.random.key(0), images)
-  _, evaluated = module.apply(variables, images, mutable=["batch_stats"])
-  _, trained = module.apply(variables, images, train=True, mutable=["batch_stats"])
+  variables = jax.jit(module.init)(jax.random.key(0), images)
+  apply = jax.jit(lambda v, x, train: module.apply(v, x, train=train, mutable=["batch_stats"]), static_argnums=2)
+  evaluated, trained = apply(variables, images, False)[1], apply(variables, images, True)[1]
   jax.tree.map(np.testing.assert_array_equal, evaluated["batch_stats"], variables["batch_stats"])
   moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), trained["batch_stats"], variables["batch_stats"])
   assert all(jax.tree.leaves(moved))

@@ -57,7 +57,7 @@ class Stacked(nn.Module):
 
 def random_variables(module: nn.Module, shape: tuple[int, ...], seed: int) -> dict:
   """Initial parameters with random biases and random running statistics."""
-  variables = module.init(jax.random.key(seed), jnp.zeros((1, *shape)))
+  variables = jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, *shape)))
   leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
 

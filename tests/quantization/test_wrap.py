@@ -42,7 +42,7 @@ def test_matches_a_numpy_forward_pass(make_network):
   images = jax.random.uniform(jax.random.key(1), (5, 2, 2, 3))
   rules = QuantRules.parse("4w3a", overrides={"last": "2w5a"})
   given = Ranges({"a": (-1.7, 1.9), "b": (0.3, 2.0)})
-  found = quantize(network, rules, given).apply(images)
+  found = jax.jit(quantize(network, rules, given).apply)(images)
 
   params = jax.tree.map(np.asarray, network.variables["params"])
   x = (np.asarray(images) - np.float32(0.45)) / np.float32(0.25)

@@ -1,0 +1,35 @@
+"""The main job on a CIFAR-sized network: the same driver as `experiments.imagenet_bns`, at 32x32.
+
+    python -m weights_conversion --arch resnet20 --source resnet20.th --out networks/resnet20
+    python -m experiments.cifar_bns --network networks/resnet20 --eval-data cifar10.npz
+
+synthesizes images from the network's BatchNorm statistics, calibrates 8w8a, 4w8a and 4w4a on them and on Gaussian images,
+evaluates every copy on the labelled images, fine-tunes the lowest precision and writes a report. `--real-data FILE.npz:train`
+adds a column calibrated on real images, for comparison. `--preset paper` is Table 2 of Haroush et al. (2020).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from experiments.launch import relaunch_with_huge_pages
+
+if __name__ == "__main__":
+  relaunch_with_huge_pages()
+
+import tyro
+
+from experiments.common import run_command
+from experiments.options import Options
+from experiments.pipeline import run
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """Command line of the experiment; returns the exit status."""
+  options = tyro.cli(Options, args=args, prog="python -m experiments.cifar_bns", description=__doc__)
+  return run_command(lambda: run(options, name="cifar_bns", default=None))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,39 @@
+"""The main job on an ImageNet network: from a trained checkpoint to a low-precision copy and a report, without data.
+
+    python -m experiments.imagenet_bns
+
+runs on the embedded default, EfficientNet-Lite0 with its real ImageNet weights (extra `demo`): it synthesizes images from
+the network's BatchNorm statistics, calibrates 8w8a, 4w8a and 4w4a (first and last layer 8 bit) on them and on Gaussian
+images beside them, says how often each low-precision copy agrees with the float network, fine-tunes the lowest precision,
+and writes `report.html`, `report.json`, figures and the quantized network into `runs/`.
+
+    python -m experiments.imagenet_bns --arch resnet18 --weights torchvision --eval-data val/ --preset paper
+
+is the published protocol of Haroush et al. (2020), Table 3, on accelerators. `--dry-run` says what a command would cost.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from experiments.launch import relaunch_with_huge_pages
+
+if __name__ == "__main__":
+  relaunch_with_huge_pages()
+
+import tyro
+
+from experiments.common import run_command
+from experiments.options import Options
+from experiments.pipeline import run
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """Command line of the experiment; returns the exit status."""
+  options = tyro.cli(Options, args=args, prog="python -m experiments.imagenet_bns", description=__doc__)
+  return run_command(lambda: run(options, name="imagenet_bns", default="efficientnet_lite0"))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
