@@ -1,0 +1,1 @@
+"""Runnable documents: each reproduces one result with one command."""

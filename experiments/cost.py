@@ -37,7 +37,13 @@ def activation_bytes(network: Network) -> int:
 
 
 def describe(
-  network: Network, config: SynthesisConfig, chosen: Sizes, bits: tuple[str, ...], folder: pathlib.Path, *, labelled: int
+  network: Network,
+  config: SynthesisConfig,
+  chosen: Sizes,
+  bits: tuple[str, ...],
+  folder: pathlib.Path,
+  *,
+  labelled: int,
 ) -> str:
   """The text of --dry-run."""
   images = chosen.images + -(-chosen.images // 4)

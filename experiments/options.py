@@ -49,7 +49,7 @@ class Options:
   distill_learning_rate: float = 0.01
   """Peak learning rate of the fine-tuning; the published 0.1 is for 16,000 steps and more."""
   eval_data: str | None = None
-  """Labelled images to evaluate on, never used for anything else: a zip or folder of CLASS_*.jpg, class folders, .npz, tfds:NAME."""
+  """Labelled images to evaluate on, used for nothing else: zip or folder of CLASS_*.jpg, class folders, .npz, tfds:NAME."""
   real_data: str | None = None
   """Real images to calibrate with as well, for comparison only; the same forms, FILE.npz:train picks a split."""
   preset: Preset = "cpu"

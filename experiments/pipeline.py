@@ -118,7 +118,9 @@ def parse_rules(options: Options, network: Network) -> dict[str, QuantRules]:
     KwjaxError: no precision is given, one is malformed or given twice.
   """
   if not options.bits or len(set(options.bits)) != len(options.bits):
-    raise KwjaxError(f"--bits needs one or more different precisions such as 8w8a 4w4a, found {' '.join(options.bits)!r}")
+    raise KwjaxError(
+      f"--bits needs one or more different precisions such as 8w8a 4w4a, found {' '.join(options.bits)!r}"
+    )
   rules = {bits: QuantRules.parse(bits, first_last=options.first_last_bits()) for bits in options.bits}
   for rule in rules.values():
     rule.resolve(network)
@@ -143,7 +145,11 @@ def execute(job: Job) -> None:
     calibration[REAL] = real_images(job, job.options.real_data)
   held_out = np.clip(samples.images[job.chosen.images :], 0.0, 1.0)
   similarity = job.stages.once("similarity", lambda: _similarities(job, calibration))
-  say("measuring the float network" if job.eval_data else "no --eval-data: agreement is measured on held-out synthetic images")
+  say(
+    "measuring the float network"
+    if job.eval_data
+    else "no --eval-data: agreement is measured on held-out synthetic images"
+  )
   float_result = job.stages.once("float", lambda: _score(job, job.network, held_out))
   quantized, scores = calibrate_all(job, calibration, held_out)
   tuned = fine_tune(job, quantized[job.options.bits[-1]][scheme], calibration[scheme], held_out)
@@ -196,7 +202,7 @@ def real_images(job: Job, spec: str) -> np.ndarray:
 
 def _similarities(job: Job, calibration: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
   """J_KL of every image set, and of where the synthesis started; None without BatchNorm."""
-  sets: dict[str, Callable[[], np.ndarray]] = {
+  sets: dict[str, Callable[[], np.ndarray | jax.Array]] = {
     name: functools.partial(np.asarray, images) for name, images in calibration.items()
   }
   if job.config.is_optimized:
@@ -231,7 +237,9 @@ def _score(job: Job, network: Network | QuantizedNetwork, held_out: np.ndarray) 
   size = 256 if job.network.image_shape[0] <= 64 else 32
   is_float = network is job.network
   score: dict[str, Any] = {
-    "accuracy": dataclasses.asdict(evaluate(network, job.eval_data, batch_size=size)) if labelled and job.eval_data else None,
+    "accuracy": dataclasses.asdict(evaluate(network, job.eval_data, batch_size=size))
+    if labelled and job.eval_data
+    else None,
     "held_out": None if is_float else dataclasses.asdict(agreement(network, job.network, held_out, batch_size=size)),
     "eval": None,
   }
@@ -262,7 +270,9 @@ def calibrate_all(
       )
       network = quantize(job.network, rules, ranges)
       quantized[bits][data] = network
-      scores[bits][data] = job.stages.once(f"calibrated-{bits}-{data}", lambda n=network: _score(job, n, held_out))
+      scores[bits][data] = job.stages.once(
+        f"calibrated-{bits}-{data}", functools.partial(_score, job, network, held_out)
+      )
       say(f"calibrated {bits} with {data}: {results.in_words(scores[bits][data])}")
   return quantized, scores
 

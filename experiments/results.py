@@ -44,7 +44,13 @@ def in_words(score: Score) -> str:
 
 def _result(score: Score, seed: int) -> dict[str, Any]:
   accuracy = score["accuracy"] or {}
-  return {"top1": accuracy.get("top1"), "std": None, "seeds": [seed], "top5": accuracy.get("top5"), "count": accuracy.get("count")}
+  return {
+    "top1": accuracy.get("top1"),
+    "std": None,
+    "seeds": [seed],
+    "top5": accuracy.get("top5"),
+    "count": accuracy.get("count"),
+  }
 
 
 def build(
@@ -69,7 +75,7 @@ def build(
     "network": job.network.name,
     "protocol": _protocol(job),
     "seed": seed,
-    "float": {k: v for k, v in (float_result["accuracy"] or {"top1": None, "count": None}).items()},
+    "float": float_result["accuracy"],
     "jkl": {
       "start": similar.get("start", {}).get("jkl"),
       "final": similar.get(scheme, {}).get("jkl"),
@@ -97,7 +103,8 @@ def _protocol(job: Facts) -> dict[str, Any]:
     "teacher": f"{network.name}, float32, {network.source.get('file', 'weights of unknown origin')}",
     "weights sha256": network.source.get("sha256"),
     "quantization": job.rules,
-    "data used": "none: images come from the network itself" + (
+    "data used": "none: images come from the network itself"
+    + (
       "" if job.options.real_data is None else f"; the rows 'real' are a comparison that uses {job.options.real_data}"
     ),
     "calibration images": sets,

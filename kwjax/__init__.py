@@ -1,0 +1,84 @@
+"""Compress trained neural networks without their training data.
+
+The stages, in the order in which data goes through them: a `Network`; the statistics of its BatchNorm layers
+(`observe`, `reference_moments`, `bns_loss`, `measure`); images made out of it (`synthesize`); low precision (`calibrate`,
+`quantize`, `integer_weights`); fine-tuning (`distill`); how good the copy is (`evaluate`, `agreement`).
+"""
+
+from kwjax.analysis.similarity import Similarity, measure
+from kwjax.batchnorm import Moments, bns_loss, gaussian_kl, observe, reference_moments
+from kwjax.distillation import DistillConfig, distill, distill_step
+from kwjax.errors import KwjaxError
+from kwjax.models import get_model, known_models, model_info
+from kwjax.network import Network, load_network, save_network
+from kwjax.quantization import (
+  QTensor,
+  QuantizedNetwork,
+  QuantRules,
+  Ranges,
+  calibrate,
+  fake_quant,
+  integer_weights,
+  load_quantized,
+  quantize,
+  save_quantized,
+)
+from kwjax.runtime.data import load_data
+from kwjax.runtime.evaluate import Accuracy, Agreement, agreement, evaluate
+from kwjax.synthesis import (
+  Augmentation,
+  Objective,
+  SampleSet,
+  SynthesisConfig,
+  dead_leaves,
+  gaussian_images,
+  synthesis_loss,
+  synthesis_step,
+  synthesize,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "Accuracy",
+  "Agreement",
+  "Augmentation",
+  "DistillConfig",
+  "KwjaxError",
+  "Moments",
+  "Network",
+  "Objective",
+  "QTensor",
+  "QuantRules",
+  "QuantizedNetwork",
+  "Ranges",
+  "SampleSet",
+  "Similarity",
+  "SynthesisConfig",
+  "agreement",
+  "bns_loss",
+  "calibrate",
+  "dead_leaves",
+  "distill",
+  "distill_step",
+  "evaluate",
+  "fake_quant",
+  "gaussian_images",
+  "gaussian_kl",
+  "get_model",
+  "integer_weights",
+  "known_models",
+  "load_data",
+  "load_network",
+  "load_quantized",
+  "measure",
+  "model_info",
+  "observe",
+  "quantize",
+  "reference_moments",
+  "save_network",
+  "save_quantized",
+  "synthesis_loss",
+  "synthesis_step",
+  "synthesize",
+]

@@ -31,13 +31,27 @@ class Forwardable(Protocol):
   """What analysis and training need of a network; `Network` and `QuantizedNetwork` both are one."""
 
   @property
-  def name(self) -> str: ...
+  def name(self) -> str:
+    """What reports call it."""
+    ...
+
   @property
-  def variables(self) -> Any: ...
+  def variables(self) -> Any:
+    """Float parameters and running statistics."""
+    ...
+
   @property
-  def image_shape(self) -> tuple[int, int, int]: ...
-  def forward(self, variables: Any, images: Array) -> tuple[Array, Any]: ...
-  def apply(self, images: Array) -> Array: ...
+  def image_shape(self) -> tuple[int, int, int]:
+    """(h, w, c) of one image."""
+    ...
+
+  def forward(self, variables: Any, images: Array) -> tuple[Array, Any]:
+    """The `ApplyFn` that wrappers build on."""
+    ...
+
+  def apply(self, images: Array) -> Array:
+    """Logits f32[b,k] of images f32[b,h,w,c] in [0,1]."""
+    ...
 
 
 Handler = Callable[[nn.Module, Array, Callable[[Array], Any]], Any]
@@ -62,7 +76,7 @@ def intercept(apply: ApplyFn, selects: Callable[[nn.Module], bool], handle: Hand
       return next_fun(*args, **kwargs)
     if args:
       return handle(module, args[0], lambda x: next_fun(x, *args[1:], **kwargs))
-    keyword = _first_parameter(type(module))
+    keyword = _first_parameter(type(module).__call__)
     if keyword not in kwargs:
       raise KwjaxError(f"layer {layer_name(module)} was called without its input {keyword!r}")
     return handle(module, kwargs[keyword], lambda x: next_fun(**{**kwargs, keyword: x}))
@@ -75,8 +89,8 @@ def intercept(apply: ApplyFn, selects: Callable[[nn.Module], bool], handle: Hand
 
 
 @functools.cache
-def _first_parameter(module_type: type[nn.Module]) -> str:
-  return list(inspect.signature(module_type.__call__).parameters)[1]
+def _first_parameter(call: Callable[..., Any]) -> str:
+  return list(inspect.signature(call).parameters)[1]
 
 
 def record(module: nn.Module, name: str, value: Any) -> None:
@@ -172,7 +186,13 @@ class Layer:
     return math.prod(self.kernel_shape) * math.prod(self.output_shape[1:-1]) * self.repeats
 
 
-_MATMULS = (nn.Conv.__name__, nn.Dense.__name__, nn.ConvLocal.__name__, nn.ConvTranspose.__name__, nn.DenseGeneral.__name__)
+_MATMULS = (
+  nn.Conv.__name__,
+  nn.Dense.__name__,
+  nn.ConvLocal.__name__,
+  nn.ConvTranspose.__name__,
+  nn.DenseGeneral.__name__,
+)
 
 
 def kind_of(module: nn.Module) -> str:

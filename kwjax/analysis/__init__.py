@@ -1,0 +1,1 @@
+"""What a network says about data, and figures of it."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from kwjax.errors import DataError
 from kwjax.network import Network
 
 
-class Similarity(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Similarity:
   """J_KL of a data set.
 
   Attributes:
@@ -40,7 +41,13 @@ def _moments(network: Network, images: jax.Array) -> dict[str, Moments]:
   return measured
 
 
-def measure(network: Network, batches: Iterable[np.ndarray] | np.ndarray, *, include_input: bool = False, batch_size: int = 256) -> Similarity:
+def measure(
+  network: Network,
+  batches: Iterable[np.ndarray | jax.Array] | np.ndarray | jax.Array,
+  *,
+  include_input: bool = False,
+  batch_size: int = 256,
+) -> Similarity:
   r"""J_KL of a data set against a network's running statistics: streaming and exact.
 
   $J = \frac1N \sum_l \frac1{C_l} \sum_c KL(N(\hat\mu, \hat\sigma^2) || N(\tilde\mu, \tilde\sigma^2))$ with the moments of

@@ -1,6 +1,14 @@
 """Statistics of BatchNorm inputs: measure them, compare them, choose which ones a layer uses."""
 
-from kwjax.batchnorm.divergence import DIVERGENCES, bns_loss, gaussian_kl, layer_divergence, moment_l2, moment_mse, std_mse
+from kwjax.batchnorm.divergence import (
+  DIVERGENCES,
+  bns_loss,
+  gaussian_kl,
+  layer_divergence,
+  moment_l2,
+  moment_mse,
+  std_mse,
+)
 from kwjax.batchnorm.moments import Moments, Pooled, batch_moments, merge, pool
 from kwjax.batchnorm.observe import (
   INPUT,

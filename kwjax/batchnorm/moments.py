@@ -24,7 +24,9 @@ class Moments(NamedTuple):
   var: Array
 
 
-def batch_moments(x: Array, *, feature_axis: int = -1, shift: Array | None = None, axis_name: str | None = None) -> Moments:
+def batch_moments(
+  x: Array, *, feature_axis: int = -1, shift: Array | None = None, axis_name: str | None = None
+) -> Moments:
   """Biased moments of x over all axes but the feature axis, in float32.
 
   mean = s + E[x - s],  var = E[(x - s)^2] - E[x - s]^2, with s the shift.
@@ -67,9 +69,9 @@ def pool(parts: Sequence[Moments]) -> Moments:
 
 
 class Pooled(NamedTuple):
-  """Running moments of a stream, float64 on the host, with the number of samples seen."""
+  """Moments of a stream so far, float64 on the host, and the number of samples behind them."""
 
-  count: float
+  samples: float
   mean: np.ndarray
   var: np.ndarray
 
@@ -88,7 +90,7 @@ def merge(total: Pooled | None, batch: Moments, count: float) -> Pooled:
   mean, var = np.asarray(batch.mean, np.float64), np.asarray(batch.var, np.float64)
   if total is None:
     return Pooled(float(count), mean, var)
-  n = total.count + count
+  n = total.samples + count
   delta = mean - total.mean
-  pooled_var = (total.count * total.var + count * var) / n + delta**2 * (total.count * count / n**2)
+  pooled_var = (total.samples * total.var + count * var) / n + delta**2 * (total.samples * count / n**2)
   return Pooled(n, total.mean + delta * (count / n), pooled_var)

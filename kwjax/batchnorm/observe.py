@@ -72,7 +72,9 @@ def observing(
 
 def _axis(module: nn.BatchNorm) -> int:
   if isinstance(module.axis, (tuple, list)):
-    raise KwjaxError(f"layer {intercept.layer_name(module)} normalizes over several feature axes {module.axis}; one is supported")
+    raise KwjaxError(
+      f"layer {intercept.layer_name(module)} normalizes over several feature axes {module.axis}; one is supported"
+    )
   return module.axis
 
 

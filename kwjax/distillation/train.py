@@ -253,7 +253,7 @@ class _Run:
 
 @functools.lru_cache(maxsize=8)
 def _compiled_step(group: DeviceGroup, config: DistillConfig, resident: bool) -> Callable[..., Any]:
-  """`(state, source, plan, teacher) -> (state, metrics)`; kept, so that a second run with other seeds does not compile again."""
+  """`(state, source, plan, teacher) -> (state, metrics)`; kept, so a run with another seed need not compile."""
 
   def step(state: Any, source: Any, plan: Plan, teacher: Any, axis_name: str | None) -> Any:
     images, partners = gather(source, plan) if resident else source

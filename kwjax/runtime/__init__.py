@@ -1,0 +1,1 @@
+"""Devices, checkpoints, data sets, evaluation and reports; nothing here knows the stages."""

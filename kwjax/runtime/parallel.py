@@ -36,7 +36,9 @@ def mean(tree: PyTree, axis_name: str | None) -> PyTree:
   return tree if axis_name is None else lax.pmean(tree, axis_name)
 
 
-def value_and_grad_of_shard(loss_fn: LossFn, axis_name: str | None) -> Callable[..., tuple[tuple[jax.Array, PyTree], PyTree]]:
+def value_and_grad_of_shard(
+  loss_fn: LossFn, axis_name: str | None
+) -> Callable[..., tuple[tuple[jax.Array, PyTree], PyTree]]:
   """Gradient of a loss over all devices with respect to this device's own share of the data.
 
   Args:
@@ -61,7 +63,9 @@ def value_and_grad_of_shard(loss_fn: LossFn, axis_name: str | None) -> Callable[
   return value_and_grad
 
 
-def value_and_grad_of_copy(loss_fn: LossFn, axis_name: str | None) -> Callable[..., tuple[tuple[jax.Array, PyTree], PyTree]]:
+def value_and_grad_of_copy(
+  loss_fn: LossFn, axis_name: str | None
+) -> Callable[..., tuple[tuple[jax.Array, PyTree], PyTree]]:
   """Gradient of a loss over all devices with respect to weights that every device holds a copy of.
 
   Args:

@@ -131,7 +131,13 @@ def apply_views(images: Array, views: Views, fill: Array) -> Array:
 
 
 def augment(
-  images: Array, key: Array, config: Augmentation, *, duplicates: int = 1, fill: Array | float = 0.0, offset: Array | int = 0
+  images: Array,
+  key: Array,
+  config: Augmentation,
+  *,
+  duplicates: int = 1,
+  fill: Array | float = 0.0,
+  offset: Array | int = 0,
 ) -> Array:
   """In-batch augmentation of Haroush et al. (2020), section 3.2: every image as n independently drawn copies.
 
@@ -150,4 +156,6 @@ def augment(
     return jnp.repeat(images, duplicates, axis=0) if duplicates > 1 else images
   b, h, w, c = images.shape
   indices = offset * duplicates + jnp.arange(b * duplicates)
-  return apply_views(images, draw_views(key, indices, h, w, config), jnp.broadcast_to(jnp.asarray(fill, images.dtype), (c,)))
+  return apply_views(
+    images, draw_views(key, indices, h, w, config), jnp.broadcast_to(jnp.asarray(fill, images.dtype), (c,))
+  )

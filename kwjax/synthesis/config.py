@@ -36,8 +36,8 @@ class SynthesisConfig:
   """
 
   scheme: str = "bns"
-  objective: Objective = Objective()
-  augmentation: Augmentation = Augmentation()
+  objective: Objective = dataclasses.field(default_factory=Objective)
+  augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
   steps: int = 200
   batch_size: int = 128
   duplicates: int = 2

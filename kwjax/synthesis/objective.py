@@ -91,7 +91,9 @@ class Objective:
     if unknown:
       raise KwjaxError(f"unknown objective terms {unknown}; known: {', '.join(TERMS)}")
     if self.smoothness_size % 2 == 0 or self.smoothness_size < 1 or self.smoothness_sigma <= 0:
-      raise KwjaxError(f"the smoothing kernel needs an odd size and sigma > 0, found {self.smoothness_size}, {self.smoothness_sigma}")
+      raise KwjaxError(
+        f"the smoothing kernel needs an odd size and sigma > 0, found {self.smoothness_size}, {self.smoothness_sigma}"
+      )
 
   @property
   def needs_statistics(self) -> bool:
@@ -106,7 +108,9 @@ class Objective:
 def layer_divergences(evidence: Evidence, objective: Objective) -> dict[str, Array]:
   """The BNS divergence of each layer, `{layer: f32[]}`."""
   divergence = DIVERGENCES[objective.divergence]
-  return layer_divergence(evidence.reference, evidence.measured, divergence=divergence, channel_sum=objective.channel_sum)
+  return layer_divergence(
+    evidence.reference, evidence.measured, divergence=divergence, channel_sum=objective.channel_sum
+  )
 
 
 def inception_loss(logits: Array, labels: Array, *, scale: float = 10.0) -> Array:

@@ -193,7 +193,7 @@ class _Run(NamedTuple):
       noise = gaussian_images(
         self.key_of(_NOISE, index), size, network.image_shape, network.input_mean, network.input_std
       )
-      return np.asarray(noise), {"seconds": np.float32(time.monotonic() - start)}
+      return np.asarray(noise), {"seconds": np.asarray(time.monotonic() - start, np.float32)}
     images = initial_images(config, self.key_of(_IMAGES, index), size, network.image_shape)
     state = initial_state(config, images)
     if self.folder is None:
@@ -249,7 +249,7 @@ class _Run(NamedTuple):
         raise Interrupted(f"stopped at step {done} of batch {index + 1} of {len(self.sizes)}{kept}")
     images = np.clip(group.unshard(placed.images), 0.0, 1.0)
     curves = {name: np.asarray(values, np.float32) for name, values in history.items()}
-    return images, {**curves, "seconds": np.float32(seconds + time.monotonic() - start)}
+    return images, {**curves, "seconds": np.asarray(seconds + time.monotonic() - start, np.float32)}
 
   def _place(self, state: SynthesisState) -> SynthesisState:
     """Pixels and their Adam moments are split over the devices, counters copied."""
@@ -274,7 +274,9 @@ class _Run(NamedTuple):
     if checkpoints is not None:
       state = self._gathered(placed)
       number = index * (self.config.steps + 1) + int(state.step)
-      checkpoints.save(number, state, settings=self.settings, extra={"batch": index, "history": history, "seconds": seconds})
+      checkpoints.save(
+        number, state, settings=self.settings, extra={"batch": index, "history": history, "seconds": seconds}
+      )
 
   def _check(self, index: int, placed: SynthesisState, checkpoints: Checkpoints | None) -> None:
     bad_step = int(self.group.first(placed.bad_step))

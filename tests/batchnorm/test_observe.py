@@ -115,7 +115,9 @@ def test_scan_remat_and_shared_equal_the_unrolled_network() -> None:
     np.testing.assert_allclose(
       measured[f"stack/BatchNorm_0[{i}]"].var, expected[f"stack_{i}/BatchNorm_0"].var, rtol=1e-4
     )
-  np.testing.assert_allclose(measured["remat/BatchNorm_0"].mean, expected["remat/BatchNorm_0"].mean, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    measured["remat/BatchNorm_0"].mean, expected["remat/BatchNorm_0"].mean, rtol=1e-4, atol=1e-5
+  )
   a, b = expected["shared_a"], expected["shared_b"]
   np.testing.assert_allclose(measured["shared"].mean, (a.mean + b.mean) / 2, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(
@@ -128,9 +130,7 @@ def test_scan_remat_and_shared_equal_the_unrolled_network() -> None:
 
 def test_current_statistics_equal_flax_in_training_mode() -> None:
   network = tiny_network()
-  expected, _ = network.module.apply(
-    network.variables, (images() - 0.45) / 0.25, train=True, mutable=["batch_stats"]
-  )
+  expected, _ = network.module.apply(network.variables, (images() - 0.45) / 0.25, train=True, mutable=["batch_stats"])
   logits, _ = observe(network, images(), current=[".*"])
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
   assert not np.allclose(logits, network.apply(images()), atol=1e-3)

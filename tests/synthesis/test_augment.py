@@ -44,7 +44,9 @@ def test_crop_resize_is_linear_interpolation_inside_the_image() -> None:
   np.testing.assert_allclose(steps, 0.5, atol=1e-4)  # a quarter of the area: half the side, twice the resolution
   assert views.min() >= 0 and views.max() <= 1
   assert np.ptp(views[:, 8, 8, 0]) > 0.3  # the position varies
-  assert np.allclose(np.asarray(augment(ramp, jax.random.key(0), Augmentation(crop_resize=(1.0, 1.0)))), ramp, atol=1e-6)
+  assert np.allclose(
+    np.asarray(augment(ramp, jax.random.key(0), Augmentation(crop_resize=(1.0, 1.0)))), ramp, atol=1e-6
+  )
 
 
 def test_cutout_blanks_a_square_with_the_fill() -> None:
@@ -79,7 +81,9 @@ def test_a_view_depends_on_its_index_not_on_how_the_batch_is_split() -> None:
   assert not np.allclose(whole, augment(x, jax.random.key(1), config, duplicates=2))
 
 
-@pytest.mark.parametrize("options", [{"crop_resize": (0.0, 1.0)}, {"crop_resize": (0.9, 0.5)}, {"pad_crop": -1}, {"cutout": 1.0}])
+@pytest.mark.parametrize(
+  "options", [{"crop_resize": (0.0, 1.0)}, {"crop_resize": (0.9, 0.5)}, {"pad_crop": -1}, {"cutout": 1.0}]
+)
 def test_impossible_settings_are_refused(options: dict) -> None:
   with pytest.raises(KwjaxError):
     Augmentation(**options)

@@ -35,9 +35,7 @@ def test_smoothness_equals_a_two_dimensional_blur_with_reflected_borders() -> No
   x = np.random.default_rng(0).uniform(size=(2, 9, 9, 3)).astype(np.float32)
   kernel = gaussian_kernel(5, 1.0)
   padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
-  blurred = sum(
-    kernel[i] * kernel[j] * padded[:, i : i + 9, j : j + 9] for i in range(5) for j in range(5)
-  )
+  blurred = sum(kernel[i] * kernel[j] * padded[:, i : i + 9, j : j + 9] for i in range(5) for j in range(5))
   np.testing.assert_allclose(smoothness_prior(jnp.asarray(x)), np.mean((x - blurred) ** 2), rtol=1e-5)
   np.testing.assert_allclose(smoothness_prior(jnp.full((1, 8, 8, 3), 0.3)), 0.0, atol=1e-10)
   assert kernel.sum() == pytest.approx(1.0)
@@ -58,7 +56,9 @@ def test_total_variation_counts_four_directions() -> None:
 
 def test_sum_of_weighted_terms_and_monitored_ones() -> None:
   e = evidence()
-  objective = Objective(bns=2.0, inception=0.5, monitor=("smoothness",), extra=(("mean", 3.0, lambda e: e.images.mean()),))
+  objective = Objective(
+    bns=2.0, inception=0.5, monitor=("smoothness",), extra=(("mean", 3.0, lambda e: e.images.mean()),)
+  )
   loss, terms = evaluate_objective(e, objective)
   assert set(terms) == {"bns", "inception", "smoothness", "mean"}
   np.testing.assert_allclose(terms["bns"], (0.5 + 2.0 + 0.0) / 3, rtol=1e-5)

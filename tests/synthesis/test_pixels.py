@@ -17,7 +17,9 @@ SCHEMES = ("bns", "inception", "bns+inception", "deepinversion")
 
 
 def small(scheme: str, **changes: object) -> SynthesisConfig:
-  return SynthesisConfig.preset(scheme).replace(**{"steps": 20, "batch_size": 16, "duplicates": 2, "drops": (), **changes})
+  return SynthesisConfig.preset(scheme).replace(
+    **{"steps": 20, "batch_size": 16, "duplicates": 2, "drops": (), **changes}
+  )
 
 
 def gradient_on(devices: int, config: SynthesisConfig) -> tuple[float, np.ndarray]:
@@ -25,7 +27,9 @@ def gradient_on(devices: int, config: SynthesisConfig) -> tuple[float, np.ndarra
   images, labels = jax.random.uniform(jax.random.key(3), (16, 8, 8, 3)), jnp.arange(16) % 5
 
   def step(images: jax.Array, labels: jax.Array, network: object, key: jax.Array, axis_name: str | None) -> tuple:
-    loss = functools.partial(synthesis_loss, network=network, labels=labels, key=key, config=config, axis_name=axis_name)
+    loss = functools.partial(
+      synthesis_loss, network=network, labels=labels, key=key, config=config, axis_name=axis_name
+    )
     return value_and_grad_of_shard(loss, axis_name)(images)
 
   (loss, _), gradient = group.compile(step)(

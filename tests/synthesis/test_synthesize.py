@@ -19,7 +19,9 @@ def config(**changes: object) -> SynthesisConfig:
   return SynthesisConfig.for_network("bns", 8).replace(**{"steps": 12, "batch_size": 8, "drops": (), **changes})
 
 
-@pytest.mark.parametrize(("images", "batch", "multiple"), [(130, 128, 1), (8, 8, 1), (7, 128, 1), (20, 8, 4), (1, 1, 1)])
+@pytest.mark.parametrize(
+  ("images", "batch", "multiple"), [(130, 128, 1), (8, 8, 1), (7, 128, 1), (20, 8, 4), (1, 1, 1)]
+)
 def test_batches_are_even_and_cover_the_set(images: int, batch: int, multiple: int) -> None:
   sizes = batch_sizes(images, batch, multiple=multiple)
   assert images <= sum(sizes) < images + multiple
@@ -67,7 +69,9 @@ def test_a_damaged_batch_is_made_again(tmp_path: pathlib.Path) -> None:
   whole = synthesize(network, config(), num_images=12, key=KEY, workdir=tmp_path)
   shard = sorted((tmp_path / "images").glob("*.safetensors"))[1]
   shard.write_bytes(shard.read_bytes()[:-100] + b"\1" * 100)
-  np.testing.assert_array_equal(synthesize(network, config(), num_images=12, key=KEY, workdir=tmp_path).images, whole.images)
+  np.testing.assert_array_equal(
+    synthesize(network, config(), num_images=12, key=KEY, workdir=tmp_path).images, whole.images
+  )
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path: pathlib.Path) -> None:
@@ -108,7 +112,9 @@ def test_nan_stops_the_run_with_step_and_layer(tmp_path: pathlib.Path) -> None:
 
 def test_divergence_in_the_middle_names_the_last_good_checkpoint(tmp_path: pathlib.Path) -> None:
   # The objective itself breaks at a step that is known beforehand.
-  objective = config().objective.__class__(extra=(("trap", 1.0, lambda e: jnp.where(e.images.mean() > 0, jnp.nan, 0.0)),))
+  objective = config().objective.__class__(
+    extra=(("trap", 1.0, lambda e: jnp.where(e.images.mean() > 0, jnp.nan, 0.0)),)
+  )
   with pytest.raises(NonFiniteError, match="the total loss became NaN"):
     synthesize(tiny_network(), config(objective=objective), num_images=4, key=KEY, workdir=tmp_path)
 
