@@ -46,7 +46,7 @@ def describe(
   labelled: int,
 ) -> str:
   """The text of --dry-run."""
-  images = chosen.images + -(-chosen.images // 4)
+  images = chosen.images + chosen.held_out
   forward = 2 * sum(layer.multiplications for layer in intercept.layers(network))
   # Backward to the images alone costs one more forward; backward to the weights as well costs two.
   synthesis = images * config.duplicates * config.steps * 2 * forward if config.is_optimized else 0

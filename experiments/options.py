@@ -35,7 +35,9 @@ class Options:
   first_last: str | None = "8w8a"
   """Precision of the first convolution and of the classifier; `none` treats them like the rest."""
   images: int | None = None
-  """Distinct images to synthesize for calibration and fine-tuning; a quarter more is made and held out."""
+  """Distinct images to synthesize for calibration and fine-tuning."""
+  held_out: int | None = None
+  """Images to synthesize beside them, on which only the agreement with the float network is measured."""
   steps: int | None = None
   """Optimization steps a batch."""
   batch_size: int | None = None
@@ -75,6 +77,7 @@ class Sizes:
   """How much of everything; what a preset fills in."""
 
   images: int
+  held_out: int
   steps: int
   batch_size: int
   duplicates: int
@@ -86,12 +89,12 @@ class Sizes:
 
 _PRESETS: dict[tuple[str, bool], Sizes] = {
   # (preset, whether images are small): CIFAR-sized networks and ImageNet-sized ones
-  ("cpu", True): Sizes(384, 120, 128, 2, 120, 64, 200, 256),
-  ("cpu", False): Sizes(32, 40, 40, 1, 20, 16, 200, 256),
-  ("paper", True): Sizes(500, 1000, 800, 4, 16000, 256, 200, 256),
-  ("paper", False): Sizes(10000, 1000, 80, 4, 44000, 256, 200, 256),
-  ("smoke", True): Sizes(8, 3, 10, 2, 2, 4, 2, 16),
-  ("smoke", False): Sizes(3, 2, 4, 1, 1, 2, 2, 16),
+  ("cpu", True): Sizes(384, 128, 120, 128, 2, 120, 64, 200, 256),
+  ("cpu", False): Sizes(40, 24, 60, 32, 1, 40, 16, 200, 256),
+  ("paper", True): Sizes(500, 125, 1000, 800, 4, 16000, 256, 200, 256),
+  ("paper", False): Sizes(10000, 2500, 1000, 80, 4, 44000, 256, 200, 256),
+  ("smoke", True): Sizes(8, 2, 3, 10, 2, 2, 4, 2, 16),
+  ("smoke", False): Sizes(3, 1, 2, 4, 1, 1, 2, 2, 16),
 }
 
 

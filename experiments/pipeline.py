@@ -64,14 +64,9 @@ class Job(NamedTuple):
       raise Interrupted(f"stopped; finished stages are in {self.stages.folder}")
 
   @property
-  def held_out(self) -> int:
-    """Synthetic images that only the agreement is measured on."""
-    return -(-self.chosen.images // 4)
-
-  @property
   def total(self) -> int:
     """All synthetic images."""
-    return self.chosen.images + self.held_out
+    return self.chosen.images + self.chosen.held_out
 
 
 def run(options: Options, *, name: str, default: str | None) -> int:

@@ -13,7 +13,7 @@ from kwjax.analysis import figures
 from kwjax.network import Network
 from kwjax.runtime.evaluate import wilson_interval
 from kwjax.runtime.report import command_line, versions, write_report
-from kwjax.synthesis import SampleSet, SynthesisConfig
+from kwjax.synthesis import TERMS, SampleSet, SynthesisConfig
 
 Score = Mapping[str, Any]
 
@@ -102,7 +102,7 @@ def _protocol(job: Facts) -> dict[str, Any]:
   return {
     "teacher": f"{network.name}, float32, {network.source.get('file', 'weights of unknown origin')}",
     "weights sha256": network.source.get("sha256"),
-    "quantization": job.rules,
+    "quantization": "; ".join(job.rules.values()),
     "data used": "none: images come from the network itself"
     + (
       "" if job.options.real_data is None else f"; the rows 'real' are a comparison that uses {job.options.real_data}"
@@ -111,9 +111,26 @@ def _protocol(job: Facts) -> dict[str, Any]:
     "held-out images": f"{job.held_out} {config.scheme} images, used for agreement only; they favour {config.scheme}",
     "evaluation images": job.eval_name,
     "J_KL": "clean images, BatchNorm in evaluation mode, mean over layers of channel means, the input counted as a layer",
-    "scheme": config.to_json(),
+    "scheme": _scheme(config),
     "saved network": job.final_name,
   }
+
+
+def _scheme(config: SynthesisConfig) -> str:
+  """The settings of a synthesis that differ from the plainest ones, as text."""
+  if not config.is_optimized:
+    return f"{config.scheme}: drawn, not optimized"
+  settings = config.to_json()
+  objective, views = settings.pop("objective"), settings.pop("augmentation")
+  weights = [
+    f"{name} {value:g}" for name, value in objective.items() if isinstance(value, float) and value and name in TERMS
+  ]
+  shown = [f"{name} {value}" for name, value in settings.items() if name not in ("scheme", "drop_factor") and value]
+  drawn = [f"{name} {value}" for name, value in views.items() if value]
+  return (
+    f"{config.scheme}: terms {', '.join(weights)} ({objective['divergence']}); {', '.join(shown)}; "
+    f"views: {', '.join(drawn) or 'unchanged'}"
+  )
 
 
 def write(
@@ -150,8 +167,8 @@ def draw(
       samples.images[:count], folder / "images.png", columns=8 if small else 4
     )
   }
-  if "bns" in samples.history and samples.history["bns"].shape[1] > 1:
-    curve = samples.history["bns"].mean(0)
+  if "jkl" in samples.history and samples.history["jkl"].shape[1] > 1:
+    curve = samples.history["jkl"].mean(0)
     references = {name: entry["jkl"] for name, entry in (similarity or {}).items() if name in ("gaussian", "real")}
     pictures["J_KL of the augmented batches while optimizing"] = figures.jkl_curve(
       {scheme: (np.arange(len(curve)), curve)}, folder / "jkl.png", references=references

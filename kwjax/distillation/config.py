@@ -38,7 +38,8 @@ class DistillConfig:
     mixup: how inputs are mixed, or None.
     batch_norm: "train": the student normalizes with the statistics of the batch over all devices, and its running ones
       follow with each layer's own momentum. "frozen": it normalizes with the running ones, which stay as they are; the
-      paper's choice for Gaussian images, whose statistics are not those of the data.
+      paper's choice for Gaussian images, whose statistics are not those of the data. Gradients are then far larger: a
+      ResNet-20 at 2w4a learns at 0.01 with "train", collapses at 0.01 and learns at 0.001 with "frozen".
     augment: applied to each image before mixing, or None; a function that is a module's attribute, so that a resumed
       run can tell that it is the same one.
     log_every: steps between two looks at the metrics; the host waits for the device there only.

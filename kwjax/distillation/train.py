@@ -224,7 +224,6 @@ class _Run:
         done = step + 1
         bar.update()
         last = done == config.steps
-        stop = self.store.stop_requested
         if done % config.log_every == 0 or last:
           row = {"step": done, **{name: float(value) for name, value in group.first(metrics).items()}}
           self.check(state)
@@ -233,10 +232,11 @@ class _Run:
           bar.set_postfix_str(_summary(row, speed))
           if self.callback is not None:
             self.callback(done, row, group.first(state).student)
+        stop = self.store.stop_requested
         if done % config.checkpoint_every == 0 or last or stop:
           self.check(state)
           self.store.save(done, group.first(state), history)
-        if stop and not last:
+        if stop:
           self.store.stop()
     return group.first(state)
 

@@ -115,7 +115,7 @@ class SynthesisConfig:
       steps=200,
       schedule="cosine",
       drops=(),
-      learning_rate=0.1 if small else 0.03,
+      learning_rate=0.1 if small else 0.01,
       batch_size=128 if small else 32,
       duplicates=2 if small else 1,
       augmentation=Augmentation.training(image_size),

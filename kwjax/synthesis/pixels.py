@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kwjax.batchnorm import INPUT, input_moments, observing, recorded_moments, reference_moments
+from kwjax.batchnorm import INPUT, bns_loss, input_moments, observing, recorded_moments, reference_moments
 from kwjax.network import Array, Network
 from kwjax.runtime import parallel
 from kwjax.synthesis.augment import augment
@@ -76,7 +76,8 @@ def synthesis_loss(
     axis_name: mapped axis of the devices.
 
   Returns:
-    loss f32[]; metrics: every term f32[], and `layers` f32[L + 1], the divergence by layer and the loss.
+    loss f32[]; metrics: every term f32[], `jkl` f32[], the J_KL of the views, and `layers` f32[L + 1], the objective's
+    divergence by layer and the loss.
 
   Raises:
     NoBatchNormError: the objective needs statistics and the network has none.
@@ -102,8 +103,13 @@ def synthesis_loss(
     axis_name=axis_name,
   )
   loss, terms = evaluate_objective(evidence, objective)
-  by_layer = list(layer_divergences(evidence, objective).values()) if objective.needs_statistics else []
-  return loss, {"loss": loss, **terms, "layers": jnp.stack([*by_layer, loss])}
+  metrics = {"loss": loss, **terms}
+  by_layer = []
+  if objective.needs_statistics:
+    by_layer = list(layer_divergences(evidence, objective).values())
+    # Whatever form the objective takes, what is shown and compared is the J_KL of the paper.
+    metrics["jkl"] = bns_loss(reference, measured)
+  return loss, {**metrics, "layers": jnp.stack([*by_layer, loss])}
 
 
 def synthesis_step(

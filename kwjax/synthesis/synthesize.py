@@ -35,7 +35,7 @@ class SampleSet(NamedTuple):
   Attributes:
     images: f32[n,h,w,c] in [0,1]; Gaussian ones are not clipped.
     labels: i32[n], the classes that were aimed at; -1 where there was no aim.
-    history: `{term: f32[batches, steps]}`, each loss term at each step, and `seconds` f32[batches], the time that each
+    history: `{term: f32[batches, steps]}`, each loss term and the J_KL of the views (`jkl`) at each step, and `seconds` f32[batches], the time that each
       batch took over all the runs it was made in.
   """
 
@@ -239,7 +239,7 @@ class _Run(NamedTuple):
           history.setdefault(name, []).append(float(group.first(value)))
       pending.clear()
       rate = (done - first) * self.sizes[index] / config.steps / (time.monotonic() - start) * 60
-      shown = {"J_KL": f"{history['bns'][-1]:.4f}"} if "bns" in history else {"loss": f"{history['loss'][-1]:.4f}"}
+      shown = {"J_KL": f"{history['jkl'][-1]:.4f}"} if "jkl" in history else {"loss": f"{history['loss'][-1]:.4f}"}
       bar.set_postfix(**shown, **{"images/min": f"{rate:.1f}"}, refresh=False)
       if stop or (done < config.steps and time.monotonic() - saved_at >= self.checkpoint_seconds):
         self._save(index, placed, history, seconds + time.monotonic() - start, checkpoints)

@@ -46,10 +46,10 @@ def make_network(module: nn.Module, seed: int = 0, name: str = "tiny") -> Networ
   images = jax.random.uniform(jax.random.key(seed + 100), (64, *SHAPE))
   mean, std = (0.5, 0.4, 0.45), (0.25, 0.3, 0.2)
   x = (images - jnp.asarray(mean)) / jnp.asarray(std)
-  variables = module.init(jax.random.key(seed), x)
+  variables = jax.jit(module.init)(jax.random.key(seed), x)
+  observe = jax.jit(lambda v: module.apply(v, x, train=True, mutable=["batch_stats"])[1])
   for _ in range(20):
-    _, mutated = module.apply(variables, x, train=True, mutable=["batch_stats"])
-    variables = {**variables, **mutated}
+    variables = {**variables, **observe(variables)}
   return Network(module, variables, image_shape=SHAPE, input_mean=mean, input_std=std, name=name)
 
 

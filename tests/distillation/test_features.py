@@ -12,6 +12,7 @@ import pytest
 
 from kwjax.distillation import recorded_features, recording_features, resolve_stages, stage_outputs
 from kwjax.errors import KwjaxError
+from kwjax.models import get_model, model_info
 from kwjax.network import Network
 
 
@@ -96,3 +97,25 @@ def test_only_stages_of_equal_shape_are_compared_by_default(teacher: Network, to
   assert resolve_stages(wider, teacher, None) == ("block1",)
   with pytest.raises(KwjaxError, match=r"stage block3 has shape \(1, 4, 4, 8\) in teacher teacher and \(1, 4, 4, 16\)"):
     resolve_stages(wider, teacher, ("block3",))
+
+
+@pytest.mark.parametrize(
+  ("arch", "stages"),
+  [
+    ("resnet44", ("layer1_6", "layer2_6", "layer3_6")),
+    ("wrn16_1", ("block1_layer_1", "block2_layer_1", "block3_layer_1")),
+    ("resnet18", ("layer1_1", "layer2_1", "layer3_1", "layer4_1")),
+    ("mobilenet_v2", ("features_1", "features_3", "features_6", "features_13", "features_17")),
+    ("densenet121", ("denseblock1", "denseblock2", "denseblock3", "denseblock4")),
+    ("efficientnet_lite0", ("blocks_0", "blocks_2", "blocks_4", "blocks_10", "blocks_15")),
+  ],
+)
+def test_stages_of_the_known_models(arch: str, stages: tuple[str, ...]) -> None:
+  """Only shapes are traced: no weights are made and nothing is computed."""
+  module, info = get_model(arch), model_info(arch)
+  image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
+  variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), image)
+  network = Network(
+    module, variables, image_shape=info.image_shape, input_mean=info.input_mean, input_std=info.input_std
+  )
+  assert stage_outputs(network) == stages

@@ -1,0 +1,177 @@
+"""The main job as a user runs it, at the smallest size: report, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import cifar_bns, imagenet_bns
+from kwjax.models import get_model, model_info
+from kwjax.network import Network, load_network, save_network
+from kwjax.quantization import load_quantized
+from tests.networks import random_network
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """A ResNet-20 with random weights, and labelled images, on disk."""
+  folder = tmp_path_factory.mktemp("main_job")
+  info = model_info("resnet20")
+  shaken = random_network(get_model("resnet20"), image_shape=(32, 32, 3))
+  network = Network(
+    shaken.module,
+    shaken.variables,
+    image_shape=info.image_shape,
+    input_mean=info.input_mean,
+    input_std=info.input_std,
+    name="resnet20",
+    arch="resnet20",
+    model_options={"num_classes": 10},
+  )
+  save_network(network, folder / "network")
+  images = np.asarray(jax.random.uniform(jax.random.key(0), (12, 32, 32, 3)))
+  labels = np.asarray(jnp.argmax(network.apply(images), -1))
+  np.savez(folder / "data.npz", images=(images * 255).astype(np.uint8), labels=labels)
+  os.environ["KWJAX_CACHE"] = str(folder / "cache")
+  return folder
+
+
+def arguments(folder: pathlib.Path, workdir: str, *more: str) -> list[str]:
+  network, data = str(folder / "network"), str(folder / "data.npz")
+  return ["--network", network, "--eval-data", data, "--preset", "smoke", "--workdir", str(folder / workdir), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(folder: pathlib.Path) -> pathlib.Path:
+  """A finished run."""
+  assert cifar_bns.main(arguments(folder, "finished")) == 0
+  return folder / "finished"
+
+
+def test_report_has_every_key_and_nothing_invented(finished: pathlib.Path) -> None:
+  report = json.loads((finished / "report.json").read_text())
+  keys = "network protocol seed float jkl synthesis calibrated distilled agreement versions command".split()
+  assert set(keys) <= set(report)
+  assert set(report["calibrated"]) == {"8w8a", "4w8a", "4w4a"}
+  assert set(report["calibrated"]["8w8a"]) == {"bns", "gaussian"}
+  assert report["float"]["count"] == 12
+  assert report["float"]["top1"] >= 11 / 12  # the labels are the network's own; 8 bits of the file may move one
+  assert report["synthesis"]["images"] == 10
+  assert report["jkl"]["final"] < report["jkl"]["start"]
+  assert len(report["jkl"]["per_layer"]) == 20  # 19 BatchNorm layers and the input
+  assert report["distilled"]["4w4a"]["bns"]["count"] == 12
+  assert report["agreement"]["4w4a fine-tuned"]["bns"]["held_out"]["count"] == 2
+
+
+def test_page_is_self_contained_and_pictures_are_there(finished: pathlib.Path) -> None:
+  page = (finished / "report.html").read_text()
+  assert not re.findall(r"""(?:src|href)=["'](?!data:)[^"'#]""", page)
+  assert page.count("data:image/png") == 4
+  assert {p.name for p in (finished / "figures").iterdir()} == {"images.png", "jkl.png", "layers.png", "precision.png"}
+
+
+def test_saved_network_is_the_fine_tuned_one(finished: pathlib.Path, folder: pathlib.Path) -> None:
+  tuned = load_quantized(finished / "quantized")
+  assert tuned.rules.describe().startswith("4w4a")
+  before = load_network(folder / "network").variables["params"]["conv1"]["kernel"]
+  assert not np.array_equal(tuned.variables["params"]["conv1"]["kernel"], before)
+
+
+def test_the_same_command_again_computes_nothing(finished: pathlib.Path, folder: pathlib.Path) -> None:
+  weights = (finished / "quantized" / "model.safetensors").read_bytes()
+  stamps = {p: p.stat().st_mtime_ns for p in (finished / "stages").iterdir()}
+  assert cifar_bns.main(arguments(folder, "finished")) == 0
+  assert {p: p.stat().st_mtime_ns for p in (finished / "stages").iterdir()} == stamps
+  assert (finished / "quantized" / "model.safetensors").read_bytes() == weights
+
+
+def test_killed_and_started_again_it_ends_with_the_same_bits(finished: pathlib.Path, folder: pathlib.Path) -> None:
+  command = [sys.executable, "-m", "experiments.cifar_bns", *arguments(folder, "killed")]
+  environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"]}
+  for expected in ("synthesis/images/manifest.json", "stages/calibrated-8w8a-bns.json", "distillation"):
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (folder / "killed" / expected).exists():
+      time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  assert subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
+  for name in (
+    "synthesis/images/batch-00000.safetensors",
+    "quantized/model.safetensors",
+    "quantized/quantization.json",
+  ):
+    if name.startswith("synthesis"):
+      continue  # holds how long it took; its pixels are compared below
+    assert (folder / "killed" / name).read_bytes() == (finished / name).read_bytes()
+  pictures = [(run / "figures" / "images.png").read_bytes() for run in (folder / "killed", finished)]
+  assert pictures[0] == pictures[1]
+
+
+def test_dry_run_says_what_it_would_do_and_does_nothing(
+  folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  assert cifar_bns.main(arguments(folder, "dry", "--dry-run", "--steps", "7")) == 0
+  text = capsys.readouterr().out
+  assert "0.041 G multiply-adds" in text  # He et al. (2016): 40.8 million for ResNet-20
+  assert "7 steps" in text
+  assert not (folder / "dry").exists()
+
+
+@pytest.mark.parametrize(
+  ("more", "message"),
+  [
+    (["--bits", "9w9a"], "9w9a"),
+    (["--bits", "4w4a", "4w4a"], "different precisions"),
+    (["--images", "0"], "--images must be at least 1"),
+    (["--devices", "99"], "99 devices"),
+    (["--eval-data", "nowhere.npz"], "nowhere.npz"),
+    (["--arch", "resnet20"], "not both"),
+  ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+  folder: pathlib.Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+  assert cifar_bns.main([*arguments(folder, "bad"), *more]) == 2
+  errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+  assert len(errors) == 1
+  assert message in errors[0]
+  assert not (folder / "bad").exists()
+
+
+def test_other_settings_in_a_used_folder_are_refused(
+  finished: pathlib.Path, folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  page = (finished / "report.html").read_bytes()
+  assert cifar_bns.main(arguments(folder, "finished", "--seed", "1")) == 2
+  assert "seed is 0 there and 1 now" in capsys.readouterr().err
+  assert (finished / "report.html").read_bytes() == page
+
+
+def test_no_network_says_how_to_name_one(capsys: pytest.CaptureFixture[str]) -> None:
+  assert cifar_bns.main([]) == 2
+  assert "--network FOLDER" in capsys.readouterr().err
+  assert imagenet_bns.main(["--weights", "x.pth"]) == 2
+  assert "belong together" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+  with pytest.raises(SystemExit) as stop:
+    imagenet_bns.main(["--help"])
+  assert stop.value.code == 0
+  text = capsys.readouterr().out
+  assert "EfficientNet-Lite0" in text
+  for option in "network arch weights scheme bits first-last images steps batch-size duplicates distill-steps".split():
+    assert f"--{option}" in text
