@@ -63,7 +63,19 @@ def finished(folder: pathlib.Path) -> pathlib.Path:
 
 def test_report_has_every_key_and_nothing_invented(finished: pathlib.Path) -> None:
   report = json.loads((finished / "report.json").read_text())
-  keys = "network protocol seed float jkl synthesis calibrated distilled agreement versions command".split()
+  keys = [
+    "network",
+    "protocol",
+    "seed",
+    "float",
+    "jkl",
+    "synthesis",
+    "calibrated",
+    "distilled",
+    "agreement",
+    "versions",
+    "command",
+  ]
   assert set(keys) <= set(report)
   assert set(report["calibrated"]) == {"8w8a", "4w8a", "4w4a"}
   assert set(report["calibrated"]["8w8a"]) == {"bns", "gaussian"}
@@ -173,5 +185,17 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
   assert stop.value.code == 0
   text = capsys.readouterr().out
   assert "EfficientNet-Lite0" in text
-  for option in "network arch weights scheme bits first-last images steps batch-size duplicates distill-steps".split():
+  for option in [
+    "network",
+    "arch",
+    "weights",
+    "scheme",
+    "bits",
+    "first-last",
+    "images",
+    "steps",
+    "batch-size",
+    "duplicates",
+    "distill-steps",
+  ]:
     assert f"--{option}" in text
