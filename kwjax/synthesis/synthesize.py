@@ -35,8 +35,8 @@ class SampleSet(NamedTuple):
   Attributes:
     images: f32[n,h,w,c] in [0,1]; Gaussian ones are not clipped.
     labels: i32[n], the classes that were aimed at; -1 where there was no aim.
-    history: `{term: f32[batches, steps]}`, each loss term and the J_KL of the views (`jkl`) at each step, and `seconds` f32[batches], the time that each
-      batch took over all the runs it was made in.
+    history: `{term: f32[batches, steps]}`, each loss term and the J_KL of the views (`jkl`) at each step, and `seconds`
+      f32[batches], the time that each batch took over all the runs it was made in.
   """
 
   images: np.ndarray

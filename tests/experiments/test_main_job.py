@@ -63,19 +63,8 @@ def finished(folder: pathlib.Path) -> pathlib.Path:
 
 def test_report_has_every_key_and_nothing_invented(finished: pathlib.Path) -> None:
   report = json.loads((finished / "report.json").read_text())
-  keys = [
-    "network",
-    "protocol",
-    "seed",
-    "float",
-    "jkl",
-    "synthesis",
-    "calibrated",
-    "distilled",
-    "agreement",
-    "versions",
-    "command",
-  ]
+  measured = ["float", "jkl", "synthesis", "calibrated", "distilled", "agreement"]
+  keys = ["network", "protocol", "seed", *measured, "versions", "command"]
   assert set(keys) <= set(report)
   assert set(report["calibrated"]) == {"8w8a", "4w8a", "4w4a"}
   assert set(report["calibrated"]["8w8a"]) == {"bns", "gaussian"}
@@ -185,7 +174,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
   assert stop.value.code == 0
   text = capsys.readouterr().out
   assert "EfficientNet-Lite0" in text
-  for option in [
+  options = [
     "network",
     "arch",
     "weights",
@@ -196,6 +185,6 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     "steps",
     "batch-size",
     "duplicates",
-    "distill-steps",
-  ]:
+  ]
+  for option in [*options, "distill-steps", "eval-data", "preset", "workdir", "resume", "seed", "devices", "dry-run"]:
     assert f"--{option}" in text
