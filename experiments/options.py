@@ -14,6 +14,7 @@ from kwjax.network import Network, fingerprint
 from kwjax.runtime.files import canonical_json
 from kwjax.synthesis import PAPER_ROWS, SynthesisConfig
 
+ByPreset = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by --preset)")]
 Scheme = Literal["bns", "inception", "bns+inception", "deepinversion", "gaussian"]
 Preset = Literal["cpu", "paper", "smoke"]
 
@@ -34,22 +35,23 @@ class Options:
   """Precisions to calibrate, each #w#a; the last one is fine-tuned."""
   first_last: str | None = "8w8a"
   """Precision of the first convolution and of the classifier; `none` treats them like the rest."""
-  images: int | None = None
+  images: ByPreset = None
   """Distinct images to synthesize for calibration and fine-tuning."""
-  held_out: int | None = None
+  held_out: ByPreset = None
   """Images to synthesize beside them, on which only the agreement with the float network is measured."""
-  steps: int | None = None
+  steps: ByPreset = None
   """Optimization steps a batch."""
-  batch_size: int | None = None
+  batch_size: ByPreset = None
   """Images optimized together."""
-  duplicates: int | None = None
+  duplicates: ByPreset = None
   """Independently augmented copies of each image in a step."""
-  distill_steps: int | None = None
+  distill_steps: ByPreset = None
   """SGD steps of the fine-tuning; 0 leaves it out."""
-  distill_batch_size: int | None = None
+  distill_batch_size: ByPreset = None
   """Images a fine-tuning step."""
-  distill_learning_rate: float = 0.01
-  """Peak learning rate of the fine-tuning; the published 0.1 is for 16,000 steps and more."""
+  distill_learning_rate: float | None = None
+  """Peak learning rate of the fine-tuning. Default: 0.1 under --preset paper, which takes 16,000 steps and more, else 0.01
+  (0.001 with Gaussian images, whose BatchNorm statistics stay frozen)."""
   eval_data: str | None = None
   """Labelled images to evaluate on, used for nothing else: zip or folder of CLASS_*.jpg, class folders, .npz, tfds:NAME."""
   real_data: str | None = None

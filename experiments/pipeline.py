@@ -138,7 +138,7 @@ def execute(job: Job) -> None:
     calibration[GAUSSIAN] = gaussian.images[: job.chosen.images]
   if job.options.real_data is not None:
     calibration[REAL] = real_images(job, job.options.real_data)
-  held_out = np.clip(samples.images[job.chosen.images :], 0.0, 1.0)
+  held_out = samples.images[job.chosen.images :]
   similarity = job.stages.once("similarity", lambda: _similarities(job, calibration))
   say(
     "measuring the float network"
@@ -295,7 +295,7 @@ def fine_tune(
   tuned = distill(
     student,
     job.network,
-    np.clip(images, 0.0, 1.0),
+    images,
     distill_config(job),
     key=job.key(_DISTILL_KEY),
     workdir=job.stages.folder,
@@ -310,14 +310,18 @@ def fine_tune(
 def distill_config(job: Job) -> DistillConfig:
   """Settings of the fine-tuning: published ones under --preset paper, else those that suit a short run."""
   chosen, small = job.chosen, job.network.image_shape[0] <= 64
-  # Noise has other statistics than data, and few images estimate them badly: then the running ones are kept.
-  frozen = job.config.scheme == GAUSSIAN or chosen.distill_batch_size < 64
-  changes = {
+  # Noise has other statistics than data, so the running ones are kept; and without the batch's own statistics only a
+  # tenth of the learning rate is stable.
+  frozen = job.config.scheme == GAUSSIAN
+  changes: dict[str, Any] = {
     "steps": chosen.distill_steps,
     "batch_size": chosen.distill_batch_size,
     "batch_norm": "frozen" if frozen else "train",
     "warmup_steps": min(chosen.distill_steps // 20, 400),
   }
-  if job.options.preset == "paper":
-    return DistillConfig.preset("cifar" if small else "imagenet", **changes)
-  return DistillConfig.preset("short", **changes, learning_rate=job.options.distill_learning_rate)
+  if job.options.distill_learning_rate is not None:
+    changes["learning_rate"] = job.options.distill_learning_rate
+  elif frozen:
+    changes["learning_rate"] = 0.01 if job.options.preset == "paper" else 0.001
+  name = ("cifar" if small else "imagenet") if job.options.preset == "paper" else "short"
+  return DistillConfig.preset(name, **changes)

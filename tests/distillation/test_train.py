@@ -188,8 +188,8 @@ def test_arguments_that_do_not_fit(student: Network, teacher: Network, images: n
     attempt(images=images[:, :4])
   with pytest.raises(DataError, match="there are no images"):
     attempt(images=images[:0])
-  with pytest.raises(DataError, match=r"must lie in \[0, 1\] .* from .* to 2"):
-    attempt(images=images / images.max() * 2)
+  with pytest.raises(DataError, match=r"in units of \[0, 1\] .* from .* to 255"):
+    attempt(images=images / images.max() * 255)
   with pytest.raises(DataError, match="nan"):
     attempt(images=np.where(images > 0.999, np.nan, images))
   with pytest.raises(KwjaxError, match="a batch of 16 does not divide over 3 devices"):
