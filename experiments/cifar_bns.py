@@ -4,7 +4,7 @@
     python -m experiments.cifar_bns --network networks/resnet20 --eval-data cifar10.npz
 
 synthesizes images from the network's BatchNorm statistics, calibrates 8w8a, 4w8a and 4w4a on them and on Gaussian images,
-evaluates every copy on the labelled images, fine-tunes the lowest precision and writes a report. `--real-data FILE.npz:train`
+evaluates every copy on the labelled images, fine-tunes the last one and writes a report. `--real-data FILE.npz:train`
 adds a column calibrated on real images, for comparison. `--preset paper` is Table 2 of Haroush et al. (2020).
 """
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import pathlib
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,7 +63,7 @@ def run_command(work: Callable[[], int | None]) -> int:
     return USAGE_ERROR
   except Interrupted as stop:
     say(f"{stop}; the same command goes on from there")
-    return 130
+    return stop.exit_status
   except KeyboardInterrupt:
     say("interrupted; the same command goes on from the last checkpoint")
     return 130
@@ -124,15 +124,17 @@ class Stages:
     path = self.folder / "stages" / f"{name}.json"
     if path.exists():
       return read_json(path)["result"]
-    start = time.monotonic()
-    result = compute()
-    write_json(path, {"result": result, "seconds": time.monotonic() - start})
+    write_json(path, {"result": _finite(compute())})
     return read_json(path)["result"]
 
-  def seconds(self, name: str) -> float | None:
-    """How long a stage took when it was computed, or None."""
-    path = self.folder / "stages" / f"{name}.json"
-    return read_json(path)["seconds"] if path.exists() else None
+
+def _finite(value: Any) -> Any:
+  """JSON has no infinity: the signal-to-noise ratio of an exact copy, say, becomes null."""
+  if isinstance(value, Mapping):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def in_workdir(folder: pathlib.Path, options: Options, work: Callable[[pathlib.Path, Shutdown], None]) -> None:
@@ -144,11 +146,23 @@ def in_workdir(folder: pathlib.Path, options: Options, work: Callable[[pathlib.P
   with lock_workdir(folder), graceful_shutdown() as shutdown:
     if not options.resume:
       _clear(folder)
-    work(folder, shutdown)
+    try:
+      work(folder, shutdown)
+    except Interrupted as stop:
+      stop.exit_status = shutdown.exit_status or stop.exit_status
+      raise
 
 
 def _clear(folder: pathlib.Path) -> None:
-  """Remove what a run writes, and nothing else that a user may keep in the folder."""
+  """Remove what a run wrote into its folder.
+
+  Raises:
+    KwjaxError: no run wrote there, so what is there belongs to somebody else.
+  """
+  if not (folder / "settings.json").exists():
+    if any(entry.name != ".lock" for entry in folder.iterdir()):
+      raise KwjaxError(f"--no-resume removes results, but {folder} holds none of a run: choose another --workdir")
+    return
   for name in ("settings.json", "report.json", "report.html"):
     (folder / name).unlink(missing_ok=True)
   for name in ("stages", "synthesis", "gaussian", "distillation", "quantized", "figures"):

@@ -51,7 +51,8 @@ def describe(
   # Backward to the images alone costs one more forward; backward to the weights as well costs two.
   synthesis = images * config.duplicates * config.steps * 2 * forward if config.is_optimized else 0
   runs = 2 * len(bits)
-  evaluation = forward * (2 * images + (images - chosen.images + labelled) * (2 * runs + 1))
+  # Every copy is scored beside the float network, and where there are labels once more for its accuracy.
+  evaluation = forward * (2 * images + (images - chosen.images) * 2 * (runs + 1) + labelled * 3 * (runs + 1))
   distillation = chosen.distill_steps * chosen.distill_batch_size * 4 * forward
   batch = min(config.batch_size, images) * config.duplicates
   memory = max(batch, chosen.distill_batch_size) * activation_bytes(network) * 2

@@ -4,7 +4,7 @@
 
 runs on the embedded default, EfficientNet-Lite0 with its real ImageNet weights (extra `demo`): it synthesizes images from
 the network's BatchNorm statistics, calibrates 8w8a, 4w8a and 4w4a (first and last layer 8 bit) on them and on Gaussian
-images beside them, says how often each low-precision copy agrees with the float network, fine-tunes the lowest precision,
+images beside them, says how often each low-precision copy agrees with the float network, fine-tunes the last one,
 and writes `report.html`, `report.json`, figures and the quantized network into `runs/`.
 
     python -m experiments.imagenet_bns --arch resnet18 --weights torchvision --eval-data val/ --preset paper

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from kwjax.errors import KwjaxError
+from kwjax.intercept import batch_norm_layers
 from kwjax.network import Network, fingerprint
-from kwjax.runtime.files import canonical_json
+from kwjax.runtime.files import canonical_json, sha256_file
 from kwjax.synthesis import PAPER_ROWS, SynthesisConfig
 
 ByPreset = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by --preset)")]
@@ -32,9 +33,16 @@ class Options:
   scheme: Scheme = "bns"
   """How images are made. Gaussian images are always made beside them, as the baseline."""
   bits: tuple[str, ...] = ("8w8a", "4w8a", "4w4a")
-  """Precisions to calibrate, each #w#a; the last one is fine-tuned."""
+  """Precisions to calibrate, each #w#a; the last one named is fine-tuned and saved."""
   first_last: str | None = "8w8a"
   """Precision of the first convolution and of the classifier; `none` treats them like the rest."""
+  overrides: tuple[str, ...] = ()
+  """Exceptions to --bits, each PATTERN=BITS: a layer path, a regular expression, or `1x1` (1x1=8w8a)."""
+  weight_reading: Literal["auto", "affine", "affine0", "sym", "symfull", "midrise"] = "auto"
+  """Grid of the weights. auto: affine from 4 bits on, the paper's, which has no integer form; affine0, sym and symfull have
+  one, and the saved network then holds integer weights."""
+  range_reading: Literal["sample", "chunk"] = "sample"
+  """Activation ranges: the mean over samples of each one's extremes, or over chunks of 16 of the chunk's."""
   images: ByPreset = None
   """Distinct images to synthesize for calibration and fine-tuning."""
   held_out: ByPreset = None
@@ -65,7 +73,7 @@ class Options:
   seed: int = 0
   """Seed of everything random."""
   devices: int | None = None
-  """Number of devices. Default: all accelerators, or one CPU."""
+  """Devices that synthesis and fine-tuning are spread over. Default: all accelerators, or one CPU."""
   dry_run: bool = False
   """Say what would be done and what it would cost, and do nothing."""
 
@@ -136,7 +144,11 @@ def synthesis_config(options: Options, network: Network, chosen: Sizes) -> Synth
     changes = {name: value for name in ("batch_size", "duplicates") if (value := getattr(options, name)) is not None}
     return config.replace(**changes)
   config = SynthesisConfig.for_network(options.scheme, min(network.image_shape[:2]))
-  return config.with_steps(chosen.steps).replace(batch_size=chosen.batch_size, duplicates=chosen.duplicates)
+  config = config.with_steps(chosen.steps).replace(batch_size=chosen.batch_size, duplicates=chosen.duplicates)
+  if not config.objective.needs_statistics and batch_norm_layers(network):
+    # Scheme I does not optimize J_KL, but how it moves all the same is worth seeing.
+    return config.replace(objective=dataclasses.replace(config.objective, monitor=("bns",)))
+  return config
 
 
 def run_folder(name: str, options: Options, network: Network) -> pathlib.Path:
@@ -154,4 +166,11 @@ def result_settings(options: Options, network: Network) -> dict[str, Any]:
   """The options that the results depend on."""
   without_effect = ("workdir", "resume", "dry_run", "network", "weights", "devices")
   settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in without_effect}
-  return {**settings, "network": fingerprint(network)}
+  data = {name: _content(settings[name]) for name in ("eval_data", "real_data")}
+  return {**settings, "network": fingerprint(network), "data": data}
+
+
+def _content(spec: str | None) -> str | None:
+  """A checksum of the file that a data set is in, so that results on another content are not taken for its own."""
+  path = pathlib.Path((spec or "").removesuffix(":train").removesuffix(":test"))
+  return sha256_file(path)[:16] if spec and path.is_file() else None

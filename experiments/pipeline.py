@@ -28,6 +28,7 @@ from kwjax.quantization import (
   ranges_from,
   save_quantized,
 )
+from kwjax.quantization.integer import representable_weights
 from kwjax.runtime.data import ImageData, load_data
 from kwjax.runtime.evaluate import agreement, evaluate
 from kwjax.runtime.parallel import device_group
@@ -49,6 +50,7 @@ class Job(NamedTuple):
   stages: Stages
   shutdown: Shutdown
   eval_data: ImageData | None
+  real_data: ImageData | None
 
   def key(self, stream: int) -> jax.Array:
     """PRNG key of one stage."""
@@ -86,12 +88,16 @@ def run(options: Options, *, name: str, default: str | None) -> int:
   """
   use_compilation_cache()
   keep_freed_memory()
-  device_group(options.devices)
+  group = device_group(options.devices)
   network = get_network(options, default=default)
   rules = parse_rules(options, network)
   chosen = sizes(options, network)
   config = synthesis_config(options, network, chosen)
-  eval_data = _load(options.eval_data, network)
+  if chosen.distill_steps and chosen.distill_batch_size % group.size:
+    raise KwjaxError(
+      f"--distill-batch-size {chosen.distill_batch_size} does not divide over {group.size} devices: choose a multiple"
+    )
+  eval_data, real_data = _load(options.eval_data, network), _load(options.real_data, network)
   folder = run_folder(name, options, network)
   if options.dry_run:
     print(cost.describe(network, config, chosen, tuple(rules), folder, labelled=len(eval_data) if eval_data else 0))
@@ -100,7 +106,7 @@ def run(options: Options, *, name: str, default: str | None) -> int:
 
   def work(folder: pathlib.Path, shutdown: Shutdown) -> None:
     stages = Stages(folder, result_settings(options, network))
-    execute(Job(options, network, chosen, config, rules, stages, shutdown, eval_data))
+    execute(Job(options, network, chosen, config, rules, stages, shutdown, eval_data, real_data))
 
   in_workdir(folder, options, work)
   return 0
@@ -116,7 +122,22 @@ def parse_rules(options: Options, network: Network) -> dict[str, QuantRules]:
     raise KwjaxError(
       f"--bits needs one or more different precisions such as 8w8a 4w4a, found {' '.join(options.bits)!r}"
     )
-  rules = {bits: QuantRules.parse(bits, first_last=options.first_last_bits()) for bits in options.bits}
+  overrides = []
+  for text in options.overrides:
+    pattern, separator, bits = text.rpartition("=")
+    if not separator:
+      raise KwjaxError(f"--overrides takes PATTERN=BITS such as 1x1=8w8a, found {text!r}")
+    overrides.append((pattern, bits))
+  rules = {
+    bits: QuantRules.parse(
+      bits,
+      first_last=options.first_last_bits(),
+      overrides=overrides,
+      weights=options.weight_reading,
+      ranges=options.range_reading,
+    )
+    for bits in options.bits
+  }
   for rule in rules.values():
     rule.resolve(network)
   return rules
@@ -131,13 +152,13 @@ def _load(spec: str | None, network: Network) -> ImageData | None:
 def execute(job: Job) -> None:
   """Run every stage that is not done yet, and write the report."""
   samples = make_images(job, job.config, "synthesis", _SYNTHESIS_KEY)
-  gaussian = make_images(job, SynthesisConfig.preset(GAUSSIAN), GAUSSIAN, _GAUSSIAN_KEY)
   scheme = job.config.scheme
   calibration: dict[str, np.ndarray] = {scheme: samples.images[: job.chosen.images]}
   if scheme != GAUSSIAN:
+    gaussian = make_images(job, SynthesisConfig.preset(GAUSSIAN), GAUSSIAN, _GAUSSIAN_KEY)
     calibration[GAUSSIAN] = gaussian.images[: job.chosen.images]
-  if job.options.real_data is not None:
-    calibration[REAL] = real_images(job, job.options.real_data)
+  if job.real_data is not None:
+    calibration[REAL] = real_images(job, job.real_data)
   held_out = samples.images[job.chosen.images :]
   similarity = job.stages.once("similarity", lambda: _similarities(job, calibration))
   say(
@@ -162,6 +183,8 @@ def execute(job: Job) -> None:
       held_out=len(held_out),
       eval_name=job.eval_data.name if job.eval_data else None,
       final_name=final.name,
+      integers=f"{len(representable_weights(final))} of {len(job.rules[job.options.bits[-1]].resolve(job.network))} layers "
+      "with integer weights beside the float ones",
     ),
     samples=samples,
     similarity=similarity,
@@ -187,10 +210,8 @@ def make_images(job: Job, config: SynthesisConfig, folder: str, stream: int) -> 
   )
 
 
-def real_images(job: Job, spec: str) -> np.ndarray:
+def real_images(job: Job, data: ImageData) -> np.ndarray:
   """As many real images as there are synthetic ones, drawn evenly over the data set."""
-  data = _load(spec, job.network)
-  assert data is not None
   count = min(job.chosen.images, len(data))
   return data.read(np.linspace(0, len(data) - 1, count).round().astype(int))
 
@@ -286,7 +307,7 @@ def _range_table(job: Job, data: str, images: np.ndarray) -> RangeTable:
 def fine_tune(
   job: Job, student: QuantizedNetwork, images: np.ndarray, held_out: np.ndarray
 ) -> tuple[QuantizedNetwork, dict[str, Any]] | None:
-  """Distill the float network into the lowest precision; the tuned network and its score, or None for 0 steps."""
+  """Distill the float network into the last precision of --bits; the tuned network and its score, or None for 0 steps."""
   steps = job.chosen.distill_steps
   if steps == 0:
     return None
@@ -317,8 +338,9 @@ def distill_config(job: Job) -> DistillConfig:
     "steps": chosen.distill_steps,
     "batch_size": chosen.distill_batch_size,
     "batch_norm": "frozen" if frozen else "train",
-    "warmup_steps": min(chosen.distill_steps // 20, 400),
   }
+  if job.options.preset != "paper" or job.options.distill_steps is not None:
+    changes["warmup_steps"] = chosen.distill_steps // 20
   if job.options.distill_learning_rate is not None:
     changes["learning_rate"] = job.options.distill_learning_rate
   elif frozen:

@@ -29,6 +29,7 @@ class Facts(NamedTuple):
   held_out: int
   eval_name: str | None
   final_name: str
+  integers: str
 
 
 def in_words(score: Score) -> str:
@@ -112,7 +113,7 @@ def _protocol(job: Facts) -> dict[str, Any]:
     "evaluation images": job.eval_name,
     "J_KL": "clean images, BatchNorm in evaluation mode, mean over layers of channel means, the input counted as a layer",
     "scheme": _scheme(config),
-    "saved network": job.final_name,
+    "saved network": f"{job.final_name}, {job.integers}",
   }
 
 

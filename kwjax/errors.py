@@ -32,4 +32,10 @@ class RuleError(KwjaxError):
 
 
 class Interrupted(Exception):
-  """A run was asked to stop and has saved its state; started again with the same arguments it goes on from there."""
+  """A run was asked to stop and has saved its state; started again with the same arguments it goes on from there.
+
+  Attributes:
+    exit_status: what a command that was interrupted ends with: 128 plus the number of the signal.
+  """
+
+  exit_status: int = 130

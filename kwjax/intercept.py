@@ -74,10 +74,12 @@ def intercept(apply: ApplyFn, selects: Callable[[nn.Module], bool], handle: Hand
     module = context.module
     if context.method_name != "__call__" or module.is_initializing() or not selects(module):
       return next_fun(*args, **kwargs)
+    if not args and _first_parameter(type(module).__call__) is None:
+      return next_fun(**kwargs)  # a scale, an embedding: a module without input is no layer
     if args:
       return handle(module, args[0], lambda x: next_fun(x, *args[1:], **kwargs))
     keyword = _first_parameter(type(module).__call__)
-    if keyword not in kwargs:
+    if keyword is None or keyword not in kwargs:
       raise KwjaxError(f"layer {layer_name(module)} was called without its input {keyword!r}")
     return handle(module, kwargs[keyword], lambda x: next_fun(**{**kwargs, keyword: x}))
 
@@ -89,8 +91,9 @@ def intercept(apply: ApplyFn, selects: Callable[[nn.Module], bool], handle: Hand
 
 
 @functools.cache
-def _first_parameter(call: Callable[..., Any]) -> str:
-  return list(inspect.signature(call).parameters)[1]
+def _first_parameter(call: Callable[..., Any]) -> str | None:
+  names = list(inspect.signature(call).parameters)
+  return names[1] if len(names) > 1 else None
 
 
 def record(module: nn.Module, name: str, value: Any) -> None:
@@ -220,8 +223,15 @@ def _trace_layers(static: tuple, structure: FrozenInfo) -> tuple[Layer, ...]:
   found: dict[str, Layer] = {}
 
   def note(module: nn.Module, x: Any, proceed: Callable[[Any], Any]) -> Any:
-    y = proceed(x)
     name = layer_name(module)
+    is_batch_norm = isinstance(module, nn.BatchNorm)
+    before = module.get_variable(_COLLECTION, "mean") if is_batch_norm else None
+    y = proceed(x)
+    if is_batch_norm and module.get_variable(_COLLECTION, "mean") is not before:
+      raise KwjaxError(
+        f"layer {name} of network {network.name} runs in training mode: pass Network(call_options=...) with the argument "
+        "that selects evaluation mode, such as {'train': False}"
+      )
     if name not in found:
       kernel = module.get_variable("params", "kernel") if module.has_variable("params", "kernel") else None
       found[name] = Layer(

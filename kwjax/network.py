@@ -132,7 +132,14 @@ class Network:
     return logits, mutated
 
   def apply(self, images: Array) -> Array:
-    """Logits f32[b,k] of images f32[b,h,w,c] in [0,1], in evaluation mode."""
+    """Logits f32[b,k] of images f32[b,h,w,c] in [0,1], in evaluation mode.
+
+    Raises:
+      KwjaxError: a BatchNorm layer runs in training mode all the same, so that images would depend on their batch.
+    """
+    from kwjax.intercept import layers
+
+    layers(self)
     return self.forward(self.variables, images)[0]
 
   def replace(self, **changes: Any) -> Network:

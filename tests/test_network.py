@@ -131,5 +131,5 @@ def test_module_that_returns_no_logits_is_named() -> None:
   network = Network(
     Features(), variables, image_shape=(8, 8, 3), input_mean=[0] * 3, input_std=[1] * 3, name="features"
   )
-  with pytest.raises(KwjaxError, match=r"features must return logits .* shape \(3, 8, 8, 2\)"):
+  with pytest.raises(KwjaxError, match=r"features must return logits .* shape \(1, 8, 8, 2\)"):
     network.apply(IMAGES)

@@ -101,8 +101,34 @@ def normalize(module: nn.BatchNorm, x: Array, moments: Moments) -> Array:
 
 
 def freeze(variables: Variables, moments: Mapping[str, Moments]) -> Variables:
-  """Attach moments to layers: under `observing` these layers normalize with them, whatever the batch holds."""
-  return intercept.provide(variables, _FROZEN, moments)
+  """Attach moments to layers: under `observing` these layers normalize with them, whatever the batch holds.
+
+  Args:
+    variables: of a network.
+    moments: `{layer: Moments}` as `observe` returns them; all parts `path[i]` of a stacked layer, or none.
+
+  Raises:
+    KwjaxError: a name is no BatchNorm layer, or a stacked layer is not given in full.
+  """
+  statistics = flax.traverse_util.flatten_dict(dict(variables.get("batch_stats", {})), sep="/")
+  parts: dict[str, dict[int, Moments]] = {}
+  for name, value in moments.items():
+    path, _, index = name.partition("[")
+    parts.setdefault(path, {})[int(index.rstrip("]")) if index else -1] = value
+  attached = {}
+  for path, values in parts.items():
+    mean = statistics.get("mean" if path == "<top>" else f"{path}/mean")
+    if mean is None:
+      raise KwjaxError(f"there is no BatchNorm layer {path!r} to freeze")
+    if mean.ndim == 1:
+      attached[path] = values[-1]
+      continue
+    count = int(np.prod(mean.shape[:-1]))
+    if -1 not in values and sorted(values) != list(range(count)):
+      raise KwjaxError(f"layer {path} is a stack of {count}: freeze all of {path}[0] to {path}[{count - 1}], or none")
+    stacked = values[-1] if -1 in values else Moments(*(jnp.stack(v) for v in zip(*(values[i] for i in range(count)))))
+    attached[path] = Moments(*(v.reshape(mean.shape) for v in stacked))
+  return intercept.provide(variables, _FROZEN, attached)
 
 
 def recorded_moments(mutated: Variables) -> dict[str, Moments]:
@@ -155,7 +181,11 @@ def observe(
   moments = recorded_moments(mutated)
   if not moments:
     raise no_batch_norm(network.name)
-  moments = intercept.in_order(moments, intercept.batch_norm_layers(_float(network)))
+  names = intercept.batch_norm_layers(_float(network))
+  unknown = [pattern for pattern in current if not any(matches(name, [pattern]) for name in names)]
+  if unknown:
+    raise KwjaxError(f"no BatchNorm layer of {network.name} matches {unknown}; there are {', '.join(names[:8])}, ...")
+  moments = intercept.in_order(moments, names)
   if include_input:
     moments = {INPUT: input_moments(images, network, axis_name=axis_name), **moments}
   return logits, moments
@@ -196,15 +226,3 @@ def no_batch_norm(name: str) -> NoBatchNormError:
     f"network {name} has no BatchNorm layer, and so no statistics to synthesize from or to compare with: "
     'use the schemes that need none, "gaussian" (G) or "inception" (I)'
   )
-
-
-def check_statistics(network: Network) -> None:
-  """Refuse statistics that no data can have been summarised by.
-
-  Raises:
-    KwjaxError: a running variance is negative or a statistic is not finite, by layer.
-  """
-  for name, moments in reference_moments(network).items():
-    mean, var = np.asarray(moments.mean), np.asarray(moments.var)
-    if not (np.isfinite(mean).all() and np.isfinite(var).all()) or (var < 0).any():
-      raise KwjaxError(f"layer {name} of {network.name} has a negative or non-finite running variance or mean")

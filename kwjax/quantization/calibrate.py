@@ -114,7 +114,8 @@ def observe_ranges(
     kept = len(batch)
     # The last batch is filled up, so that only one shape is compiled.
     batch = np.concatenate([batch, np.repeat(batch[-1:], batch_size - kept, axis=0)])
-    found = _extremes(network, batch, rules)
+    with jax.default_matmul_precision("highest"):
+      found = _extremes(network, batch, rules)
     parts.append({name: tuple(np.asarray(end)[:kept] for end in ends) for name, ends in found.items()})
   names = [layer.name for layer in intercept.matmul_layers(network)]
   joined = {name: [np.concatenate(ends) for ends in zip(*(p[name] for p in parts), strict=True)] for name in names}

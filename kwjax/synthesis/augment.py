@@ -25,14 +25,18 @@ class Augmentation:
       trained); 0 is off.
     flip: mirror horizontally with probability 1/2.
     cutout: side of a square that is blanked with the input mean, relative to the image side; 0 is off.
+    keep_first: leave the first copy of every image as it is, so that not only the views get the right statistics.
   """
 
   crop_resize: tuple[float, float] | None = None
   pad_crop: int = 0
   flip: bool = False
   cutout: float = 0.0
+  keep_first: bool = False
 
   def __post_init__(self) -> None:
+    if self.crop_resize is not None:
+      object.__setattr__(self, "crop_resize", tuple(self.crop_resize))
     if self.crop_resize is not None and not 0 < self.crop_resize[0] <= self.crop_resize[1] <= 1:
       raise KwjaxError(f"crop_resize must be a range of relative areas within (0, 1], found {self.crop_resize}")
     if self.pad_crop < 0 or not 0 <= self.cutout < 1:
@@ -51,7 +55,7 @@ class Augmentation:
   @property
   def is_identity(self) -> bool:
     """Whether a view is the image itself."""
-    return self == Augmentation()
+    return dataclasses.replace(self, keep_first=False) == Augmentation()
 
 
 class Views(NamedTuple):
@@ -156,6 +160,9 @@ def augment(
     return jnp.repeat(images, duplicates, axis=0) if duplicates > 1 else images
   b, h, w, c = images.shape
   indices = offset * duplicates + jnp.arange(b * duplicates)
-  return apply_views(
-    images, draw_views(key, indices, h, w, config), jnp.broadcast_to(jnp.asarray(fill, images.dtype), (c,))
-  )
+  views = draw_views(key, indices, h, w, config)
+  if config.keep_first:
+    first = (jnp.arange(b * duplicates) % duplicates == 0)[:, None, None]
+    same = (jnp.eye(h), jnp.eye(w), jnp.ones(()))
+    views = Views(*(jnp.where(first, s, drawn) for s, drawn in zip(same, views, strict=True)))
+  return apply_views(images, views, jnp.broadcast_to(jnp.asarray(fill, images.dtype), (c,)))

@@ -16,10 +16,10 @@ SCHEMES = ("bns", "inception", "bns+inception", "gaussian", "deepinversion")
 
 @dataclasses.dataclass(frozen=True)
 class SynthesisConfig:
-  """How images are made. The defaults are the best ones measured here for short runs; `preset` gives the published ones.
+  """How images are made. `for_network` gives the settings that were measured to be best, `preset` the published ones.
 
   Attributes:
-    scheme: what reports call it; "gaussian" draws noise and optimizes nothing.
+    scheme: what reports call it, the work is done by `objective`; "gaussian" draws noise and optimizes nothing.
     objective: terms and weights.
     augmentation: what each copy undergoes at each step.
     steps: Adam steps.
@@ -50,6 +50,8 @@ class SynthesisConfig:
   labels: Literal["random", "balanced"] = "balanced"
 
   def __post_init__(self) -> None:
+    for name in ("drops", "betas"):
+      object.__setattr__(self, name, tuple(getattr(self, name)))
     if self.scheme not in SCHEMES:
       raise KwjaxError(f"unknown scheme {self.scheme!r}; known: {', '.join(SCHEMES)}")
     if self.init not in ("randn", "uniform", "dead_leaves"):

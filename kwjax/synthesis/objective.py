@@ -85,6 +85,8 @@ class Objective:
   extra: tuple[tuple[str, float, Callable[[Evidence], Array]], ...] = ()
 
   def __post_init__(self) -> None:
+    for name in ("monitor", "extra"):
+      object.__setattr__(self, name, tuple(getattr(self, name)))
     if self.divergence not in DIVERGENCES:
       raise KwjaxError(f"unknown divergence {self.divergence!r}; known: {', '.join(DIVERGENCES)}")
     unknown = [name for name in self.monitor if name not in TERMS]

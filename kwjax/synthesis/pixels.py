@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,8 +17,8 @@ from kwjax.synthesis.config import SynthesisConfig
 from kwjax.synthesis.noise import dead_leaves
 from kwjax.synthesis.objective import Evidence, evaluate_objective, layer_divergences
 
-LOSS = "loss"
-"""Name under which a non-finite total loss is reported when every layer's divergence is finite."""
+LOSS, GRADIENT = "loss", "gradient"
+"""What is reported as not finite when every layer's divergence is."""
 
 
 class SynthesisState(NamedTuple):
@@ -56,10 +57,10 @@ def _adam(config: SynthesisConfig) -> optax.GradientTransformation:
 
 
 def watched_layers(network: Network, config: SynthesisConfig) -> tuple[str, ...]:
-  """Layers whose divergence a step reports, in execution order, and the total loss as the last one."""
+  """What `bad_layer` counts: the layers in execution order, then the total loss and the gradient of the images."""
   if not config.objective.needs_statistics:
-    return (LOSS,)
-  return (*reference_moments(network, include_input=config.objective.include_input), LOSS)
+    return (LOSS, GRADIENT)
+  return (*reference_moments(network, include_input=config.objective.include_input), LOSS, GRADIENT)
 
 
 def synthesis_loss(
@@ -136,6 +137,8 @@ def synthesis_step(
   Returns:
     The next state and metrics: `loss`, every term, and `layers` f32[L + 1].
   """
+  chex.assert_rank(state.images, 4)
+  chex.assert_equal_shape_prefix([state.images, labels], 1)
   pixels = jnp.clip(state.images, 0.0, 1.0)
   step_key = jax.random.fold_in(key, state.step)
 
@@ -144,7 +147,8 @@ def synthesis_step(
 
   (_, metrics), gradient = parallel.value_and_grad_of_shard(loss_of, axis_name)(pixels)
   updates, optimizer = _adam(config).update(gradient, state.optimizer, pixels)
-  is_bad = ~jnp.isfinite(metrics["layers"])
+  size = parallel.mean(jnp.mean(jnp.abs(gradient)), axis_name)
+  is_bad = ~jnp.isfinite(jnp.append(metrics["layers"], size))
   first_time = jnp.any(is_bad) & (state.bad_step < 0)
   next_state = SynthesisState(
     images=optax.apply_updates(pixels, updates),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -20,9 +21,18 @@ from kwjax.errors import Interrupted, KwjaxError, NonFiniteError
 from kwjax.network import Network, fingerprint
 from kwjax.runtime.checkpoint import Checkpoints
 from kwjax.runtime.parallel import DeviceGroup, device_group
+from kwjax.runtime.workdir import lock_workdir
 from kwjax.synthesis.config import SynthesisConfig
 from kwjax.synthesis.noise import gaussian_images
-from kwjax.synthesis.pixels import SynthesisState, initial_images, initial_state, synthesis_step, watched_layers
+from kwjax.synthesis.pixels import (
+  GRADIENT,
+  LOSS,
+  SynthesisState,
+  initial_images,
+  initial_state,
+  synthesis_step,
+  watched_layers,
+)
 from kwjax.synthesis.store import ImageStore
 
 _IMAGES, _LABELS, _NOISE, _STEPS = range(4)  # independent streams of randomness
@@ -113,6 +123,7 @@ def synthesize(
     NoBatchNormError: the scheme needs BatchNorm statistics and the network has none.
     NonFiniteError: a loss became NaN or infinite; names step, layer and the last good checkpoint.
     CheckpointError: the folder belongs to other settings or is damaged.
+    KwjaxError: another process writes to the folder.
     Interrupted: `should_stop` said so.
   """
   if config.is_optimized and config.objective.needs_statistics:
@@ -130,7 +141,11 @@ def synthesize(
   store = ImageStore(folder / "images", settings=settings) if folder else None
   run = _Run(network, config, key, group, sizes, labels, settings, folder, checkpoint_seconds, should_stop)
   parts: list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]] = []
-  with tqdm.tqdm(total=len(sizes) * max(config.steps, 1), disable=not progress, unit="step", desc=config.scheme) as bar:
+  with contextlib.ExitStack() as stack:
+    if folder is not None:
+      stack.enter_context(lock_workdir(folder))
+    total = len(sizes) * max(config.steps, 1)
+    bar = stack.enter_context(tqdm.tqdm(total=total, disable=not progress, unit="step", desc=config.scheme))
     for index in range(len(sizes)):
       if store is not None and store.has(index):
         bar.update(max(config.steps, 1))
@@ -138,7 +153,11 @@ def synthesize(
       else:
         images, history = run.batch(index, bar)
         part = (images, run.labels_of(index), history)
-        store.write(index, *part) if store is not None else parts.append(part)
+        if store is None:
+          parts.append(part)
+        else:
+          store.write(index, *part)
+          shutil.rmtree(run.checkpoints_of(index), ignore_errors=True)
   if store is not None and folder is not None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     stored = store.images()
@@ -198,12 +217,17 @@ class _Run(NamedTuple):
     state = initial_state(config, images)
     if self.folder is None:
       return self._optimize(index, state, {}, 0.0, None, bar)
-    with Checkpoints(self.folder / "checkpoints") as checkpoints:
+    with Checkpoints(self.checkpoints_of(index)) as checkpoints:
       restored = checkpoints.restore(jax.tree.map(np.asarray, state), settings=self.settings)
-      if restored is None or restored.extra["batch"] != index:
+      if restored is None:
         return self._optimize(index, state, {}, 0.0, checkpoints, bar)
       extra = restored.extra
       return self._optimize(index, restored.state, extra["history"], extra["seconds"], checkpoints, bar)
+
+  def checkpoints_of(self, index: int) -> pathlib.Path:
+    """A folder of its own for each batch: their shapes may differ, and a damaged batch is made again after later ones."""
+    assert self.folder is not None
+    return self.folder / "checkpoints" / f"batch-{index:05d}"
 
   def _optimize(
     self,
@@ -273,10 +297,8 @@ class _Run(NamedTuple):
   ) -> None:
     if checkpoints is not None:
       state = self._gathered(placed)
-      number = index * (self.config.steps + 1) + int(state.step)
-      checkpoints.save(
-        number, state, settings=self.settings, extra={"batch": index, "history": history, "seconds": seconds}
-      )
+      extra = {"history": history, "seconds": seconds}
+      checkpoints.save(int(state.step), state, settings=self.settings, extra=extra)
 
   def _check(self, index: int, placed: SynthesisState, checkpoints: Checkpoints | None) -> None:
     bad_step = int(self.group.first(placed.bad_step))
@@ -284,9 +306,10 @@ class _Run(NamedTuple):
       return
     layer = watched_layers(self.network, self.config)[int(self.group.first(placed.bad_layer))]
     good = checkpoints.steps() if checkpoints is not None else []
-    start = index * (self.config.steps + 1)
-    kept = f"step {good[-1] - start} in {checkpoints.folder}" if checkpoints and good and good[-1] >= start else "none"
-    where = "the total loss" if layer == "loss" else f"the statistics of layer {layer}"
+    kept = f"step {good[-1]} in {checkpoints.folder}" if checkpoints and good else "none"
+    where = {LOSS: "the total loss", GRADIENT: "the gradient of the images"}.get(
+      layer, f"the statistics of layer {layer}"
+    )
     raise NonFiniteError(
       f"{where} became NaN or infinite at step {bad_step} of batch {index + 1} of {len(self.sizes)} "
       f"(last good checkpoint: {kept}); a lower learning rate than {self.config.learning_rate} may help"

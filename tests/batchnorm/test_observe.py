@@ -149,6 +149,47 @@ def test_statistics_are_chosen_by_layer_and_frozen_ones_win() -> None:
   assert set(recorded_moments(mutated)) == {"bn0", "bn1"}
 
 
+def test_frozen_statistics_of_a_stack_and_unknown_names() -> None:
+  network = random_network(LiftedNet())
+  logits, measured = observe(network, images(), current=[".*"])
+  stacked = {name: m for name, m in measured.items() if name.startswith("stack")}
+  apply = observing(network.forward, current=["remat.*"])
+  by_hand, _ = observe(network, images(), current=["stack.*", "remat.*"])
+  np.testing.assert_allclose(apply(freeze(network.variables, stacked), images())[0], by_hand, rtol=1e-4, atol=1e-5)
+  with pytest.raises(KwjaxError, match="stack of 3"):
+    freeze(network.variables, {"stack/BatchNorm_0[0]": stacked["stack/BatchNorm_0[0]"]})
+  with pytest.raises(KwjaxError, match="no BatchNorm layer 'typo'"):
+    freeze(network.variables, {"typo": stacked["stack/BatchNorm_0[0]"]})
+  with pytest.raises(KwjaxError, match="typo"):
+    observe(network, images(), current=["typo"])
+
+
+def test_modules_without_input_are_no_layers() -> None:
+  class Scale(nn.Module):
+    @nn.compact
+    def __call__(self) -> jax.Array:
+      return self.param("scale", nn.initializers.ones, ())
+
+  class Scaled(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+      return nn.BatchNorm(use_running_average=True)(Scale()() * x.mean((1, 2)))
+
+  assert list(reference_moments(random_network(Scaled()))) == ["BatchNorm_0"]
+
+
+def test_a_network_in_training_mode_is_refused_not_run_silently() -> None:
+  class Odd(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, is_learning: bool = True) -> jax.Array:
+      return nn.BatchNorm(use_running_average=not is_learning)(x.mean((1, 2)))
+
+  network = random_network(Odd())
+  with pytest.raises(KwjaxError, match=r"BatchNorm_0 .* training mode: pass Network\(call_options"):
+    network.apply(images())
+  assert network.replace(call_options={"is_learning": False}).apply(images()).shape == (6, 3)
+
+
 def test_a_function_that_jit_has_traced_before_is_still_observed() -> None:
   network = tiny_network()
   jax.jit(network.forward)(network.variables, images())

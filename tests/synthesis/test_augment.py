@@ -81,6 +81,13 @@ def test_a_view_depends_on_its_index_not_on_how_the_batch_is_split() -> None:
   assert not np.allclose(whole, augment(x, jax.random.key(1), config, duplicates=2))
 
 
+def test_the_first_copy_can_be_kept() -> None:
+  config = Augmentation(crop_resize=(0.4, 0.5), pad_crop=1, flip=True, cutout=0.3, keep_first=True)
+  views = np.asarray(augment(images(), jax.random.key(0), config, duplicates=3)).reshape(3, 3, 8, 8, 3)
+  np.testing.assert_allclose(views[:, 0], images(), atol=1e-6)
+  assert not np.isclose(views[:, 1:], np.asarray(images())[:, None]).all((2, 3, 4)).any()
+
+
 @pytest.mark.parametrize(
   "options", [{"crop_resize": (0.0, 1.0)}, {"crop_resize": (0.9, 0.5)}, {"pad_crop": -1}, {"cutout": 1.0}]
 )

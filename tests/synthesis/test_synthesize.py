@@ -1,5 +1,7 @@
 """The whole of Algorithm 1: any number of images, resuming, errors, presets."""
 
+import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -8,8 +10,18 @@ import numpy as np
 import pytest
 
 from kwjax.analysis.similarity import measure
+from kwjax.batchnorm import bns_loss
 from kwjax.errors import CheckpointError, Interrupted, KwjaxError, NoBatchNormError, NonFiniteError
-from kwjax.synthesis import PAPER_ROWS, SCHEMES, SynthesisConfig, batch_sizes, starting_images, synthesize
+from kwjax.runtime.workdir import lock_workdir
+from kwjax.synthesis import (
+  PAPER_ROWS,
+  SCHEMES,
+  Evidence,
+  SynthesisConfig,
+  batch_sizes,
+  starting_images,
+  synthesize,
+)
 from tests.networks import tiny_network
 
 KEY = jax.random.key(0)
@@ -64,6 +76,29 @@ def test_interrupted_anywhere_it_ends_with_the_same_images(tmp_path: pathlib.Pat
   assert again.history["seconds"].min() > 0
 
 
+def test_batches_of_different_sizes_and_a_damaged_one_behind_a_stopped_one(tmp_path: pathlib.Path) -> None:
+  network, asked = tiny_network(), 0
+
+  def stop() -> bool:
+    nonlocal asked
+    asked += 1
+    return asked == 20
+
+  make = functools.partial(synthesize, network, config(), num_images=13, key=KEY)  # batches of 7 and 6
+  whole = make()
+  with pytest.raises(Interrupted, match="step 8 of batch 2 of 2"):
+    make(workdir=tmp_path, checkpoint_seconds=0, should_stop=stop)
+  shard = tmp_path / "images" / "batch-00000.safetensors"
+  shard.write_bytes(shard.read_bytes()[:-1])
+  np.testing.assert_array_equal(make(workdir=tmp_path, checkpoint_seconds=0).images, whole.images)
+  assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: pathlib.Path) -> None:
+  with lock_workdir(tmp_path), pytest.raises(KwjaxError, match="in use by process"):
+    synthesize(tiny_network(), config(), num_images=4, key=KEY, workdir=tmp_path)
+
+
 def test_a_damaged_batch_is_made_again(tmp_path: pathlib.Path) -> None:
   network = tiny_network()
   whole = synthesize(network, config(), num_images=12, key=KEY, workdir=tmp_path)
@@ -107,16 +142,24 @@ def test_nan_stops_the_run_with_step_and_layer(tmp_path: pathlib.Path) -> None:
   network.variables["params"]["bn0"]["bias"] = jnp.full(8, jnp.nan)
   with pytest.raises(NonFiniteError, match=r"layer bn1 .* step 0 of batch 1 of 1 .*last good checkpoint: none"):
     synthesize(network, config(), num_images=4, key=KEY, workdir=tmp_path)
-  assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+  assert not list((tmp_path / "checkpoints").rglob("[0-9]*/state"))
 
 
 def test_divergence_in_the_middle_names_the_last_good_checkpoint(tmp_path: pathlib.Path) -> None:
-  # The objective itself breaks at a step that is known beforehand.
-  objective = config().objective.__class__(
-    extra=(("trap", 1.0, lambda e: jnp.where(e.images.mean() > 0, jnp.nan, 0.0)),)
-  )
-  with pytest.raises(NonFiniteError, match="the total loss became NaN"):
-    synthesize(tiny_network(), config(objective=objective), num_images=4, key=KEY, workdir=tmp_path)
+  network, settings = tiny_network(), config(steps=30, learning_rate=0.02)
+  curve = synthesize(network, settings, num_images=4, key=KEY).history["jkl"][0]
+  # A term that is NaN once J_KL is lower than it ever was up to some step behind the first checkpoint.
+  step = next(i for i in range(11, 30) if curve[i] < curve[:i].min())
+  limit = (curve[step] + curve[:step].min()) / 2
+
+  def trap(evidence: Evidence) -> jax.Array:
+    return jnp.where(bns_loss(evidence.reference, evidence.measured) < limit, jnp.nan, 0.0)
+
+  broken = dataclasses.replace(settings.objective, extra=(("trap", 1.0, trap),))
+  with pytest.raises(NonFiniteError, match=rf"total loss became NaN .* at step {step} .* checkpoint: step \d0 in"):
+    synthesize(
+      network, settings.replace(objective=broken), num_images=4, key=KEY, workdir=tmp_path, checkpoint_seconds=0
+    )
 
 
 @pytest.mark.parametrize("arch", PAPER_ROWS)
