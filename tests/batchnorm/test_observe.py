@@ -151,7 +151,7 @@ def test_statistics_are_chosen_by_layer_and_frozen_ones_win() -> None:
 
 def test_frozen_statistics_of_a_stack_and_unknown_names() -> None:
   network = random_network(LiftedNet())
-  logits, measured = observe(network, images(), current=[".*"])
+  _, measured = observe(network, images(), current=[".*"])
   stacked = {name: m for name, m in measured.items() if name.startswith("stack")}
   apply = observing(network.forward, current=["remat.*"])
   by_hand, _ = observe(network, images(), current=["stack.*", "remat.*"])

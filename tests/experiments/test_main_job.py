@@ -200,7 +200,17 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_float_copy_and_integer_weights(folder: pathlib.Path) -> None:
-  more = ["--bits", "float", "4w8a", "--weight-reading", "affine0", "--overrides", "layer1_0/.*=8w8a"]
+  more = [
+    "--bits",
+    "float",
+    "4w8a",
+    "--first-last",
+    "none",
+    "--weight-reading",
+    "affine0",
+    "--overrides",
+    "layer1_0/.*=8w8a",
+  ]
   assert cifar_bns.main(arguments(folder, "integers", *more)) == 0
   report = json.loads((folder / "integers" / "report.json").read_text())
   assert report["agreement"]["float"]["bns"]["eval"]["top1"] == 1.0
