@@ -54,6 +54,11 @@ def _result(score: Score, seed: int) -> dict[str, Any]:
   }
 
 
+def _agreement(score: Score) -> dict[str, Any]:
+  """Agreement on each set of images that there was."""
+  return {where: score[where] for where in ("held_out", "eval") if score[where] is not None}
+
+
 def build(
   job: Facts,
   samples: SampleSet,
@@ -65,12 +70,9 @@ def build(
   """The content of report.json."""
   scheme, seed, lowest = job.config.scheme, job.options.seed, job.options.bits[-1]
   seconds = float(np.sum(samples.history["seconds"]))
-  agreement = {
-    bits: {data: {"held_out": score["held_out"], "eval": score["eval"]} for data, score in row.items()}
-    for bits, row in scores.items()
-  }
+  agreement = {bits: {data: _agreement(score) for data, score in row.items()} for bits, row in scores.items()}
   if tuned is not None:
-    agreement[f"{lowest} fine-tuned"] = {scheme: {"held_out": tuned["held_out"], "eval": tuned["eval"]}}
+    agreement[f"{lowest} fine-tuned"] = {scheme: _agreement(tuned)}
   similar = similarity or {}
   return {
     "network": job.network.name,

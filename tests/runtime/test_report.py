@@ -16,6 +16,7 @@ import pytest
 from kwjax.errors import KwjaxError
 from kwjax.runtime.evaluate import Accuracy, Agreement, wilson_interval
 from kwjax.runtime.report import command_line, complete, versions, write_report
+from kwjax.runtime.report_html import summary
 
 FIXED = [
   "network",
@@ -230,3 +231,9 @@ def test_versions_and_command_are_those_of_this_process() -> None:
   assert {"python", "kwjax", "platform", "device", "cpu_count"} <= found.keys()
   assert found["cpu_count"] >= 1
   assert command_line().startswith("python ")
+
+
+def test_without_labels_the_summary_speaks_of_agreement() -> None:
+  agreement = {"8w8a": {"bns": {"held_out": {"top1": 0.975}}}, "4w4a": {"bns": {"held_out": {"top1": 0.5}}}}
+  text = summary(complete({"network": "net", "agreement": agreement}))
+  assert "agree with the float network on held-out images: 8w8a 97.50 %, 4w4a 50.00 %" in text
