@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import os
 import pathlib
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,12 +16,16 @@ from typing import Any
 import jax
 
 from experiments.options import Options
-from kwjax.errors import Interrupted, KwjaxError, WeightsError
+from kwjax.errors import CheckpointError, Interrupted, KwjaxError, WeightsError
 from kwjax.network import Network, load_network
-from kwjax.runtime.files import check_settings, read_json, write_json
-from kwjax.runtime.workdir import Shutdown, graceful_shutdown, lock_workdir
+from kwjax.runtime import processes
+from kwjax.runtime.files import check_settings, read_sealed_json, write_sealed_json
+from kwjax.runtime.workdir import Shutdown, graceful_shutdown
 
 USAGE_ERROR = 2
+_TERMINATED = 128 + signal.SIGTERM
+# A full or broken disk, a folder that may not be written: nothing that a traceback would help with.
+_SYSTEM_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def cache_folder() -> pathlib.Path:
@@ -46,34 +52,59 @@ def keep_freed_memory() -> None:
 
 
 def say(text: str) -> None:
-  """A line for the person who watches; progress bars use the same stream."""
+  """A line for the person who watches, from one process; progress bars use the same stream."""
+  if processes.is_main():
+    complain(text)
+
+
+def complain(text: str) -> None:
+  """A line that every process writes: what stopped it."""
   print(text, file=sys.stderr, flush=True)
 
 
 def run_command(work: Callable[[], int | None]) -> int:
-  """Run an experiment and turn what users can cause into one sentence and an exit status.
+  """Run an experiment and turn what users can cause into one sentence and an exit status; the end of all its processes.
 
   Returns:
     0, 2 after an error of the user's, 130 or 143 after Ctrl-C or SIGTERM.
   """
+  status = _status_of(work)
+  processes.leave(status)
+  return status
+
+
+def _status_of(work: Callable[[], int | None]) -> int:
   try:
     return work() or 0
   except KwjaxError as error:
-    say(f"error: {error}")
+    complain(f"error: {error}")
     return USAGE_ERROR
   except Interrupted as stop:
-    say(f"{stop}; the same command goes on from there")
+    complain(f"{stop}; the same command goes on from there")
     return stop.exit_status
   except KeyboardInterrupt:
-    say("interrupted; the same command goes on from the last checkpoint")
+    complain("interrupted; the same command goes on from the last checkpoint")
     return 130
+  except OSError as error:
+    if error.errno not in _SYSTEM_REFUSES:
+      raise
+    where = f": {error.filename}" if error.filename else ""
+    complain(f"error: {error.strerror or error}{where}; what was finished is kept, the same command goes on from there")
+    return USAGE_ERROR
+  except SystemExit as stop:
+    if stop.code == _TERMINATED:
+      complain("stopped; the same command goes on from the last checkpoint")
+    return stop.code if isinstance(stop.code, int) else USAGE_ERROR
   except MemoryError:
-    say("error: out of memory; a smaller --batch-size or fewer --duplicates need less (see --dry-run)")
+    complain("error: out of memory; a smaller --batch-size or fewer --duplicates need less (see --dry-run)")
     return USAGE_ERROR
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
+      processes.wait_for_verdict()
       raise
-    say("error: the device is out of memory; a smaller --batch-size or fewer --duplicates need less (see --dry-run)")
+    complain(
+      "error: the device is out of memory; a smaller --batch-size or fewer --duplicates need less (see --dry-run)"
+    )
     return USAGE_ERROR
 
 
@@ -114,18 +145,44 @@ class Stages:
     """
     self.folder = folder
     path = folder / "settings.json"
-    if path.exists():
-      check_settings(folder, read_json(path), settings)
-    else:
-      write_json(path, settings)
+
+    def open_folder() -> None:
+      if path.exists():
+        check_settings(folder, _stored_settings(path), settings)
+      else:
+        write_sealed_json(path, settings)
+
+    processes.from_main(open_folder)
 
   def once(self, name: str, compute: Callable[[], Any]) -> Any:
-    """The JSON-able result of `compute`, computed at most once in the life of the folder."""
+    """The JSON-able result of `compute`, computed at most once in the life of the folder unless its file is damaged.
+
+    All processes compute, one writes, and all read.
+    """
     path = self.folder / "stages" / f"{name}.json"
-    if path.exists():
-      return read_json(path)["result"]
-    write_json(path, {"result": _finite(compute())})
-    return read_json(path)["result"]
+
+    def is_finished() -> bool:
+      if not path.exists():
+        return False
+      try:
+        read_sealed_json(path)
+      except CheckpointError as error:
+        say(f"{error}; this stage is done again")
+        return False
+      return True
+
+    if not processes.from_main(is_finished):
+      result = _finite(compute())
+      processes.from_main(lambda: str(write_sealed_json(path, {"result": result})))
+    return read_sealed_json(path)["result"]
+
+
+def _stored_settings(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return read_sealed_json(path)
+  except CheckpointError as error:
+    # Without them nothing tells whose results the folder holds.
+    raise CheckpointError(f"{error}; --no-resume starts over in this folder") from error
 
 
 def _finite(value: Any) -> Any:
@@ -143,9 +200,9 @@ def in_workdir(folder: pathlib.Path, options: Options, work: Callable[[pathlib.P
   Raises:
     KwjaxError: another process uses the folder.
   """
-  with lock_workdir(folder), graceful_shutdown() as shutdown:
+  with processes.lock(folder), graceful_shutdown() as shutdown:
     if not options.resume:
-      _clear(folder)
+      processes.from_main(lambda: _clear(folder))
     try:
       work(folder, shutdown)
     except Interrupted as stop:

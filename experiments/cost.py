@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.memory import Need
 from experiments.options import Sizes
 from kwjax import intercept
 from kwjax.network import Network
@@ -30,12 +31,6 @@ def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
   return 2 * size**3 / best
 
 
-def activation_bytes(network: Network) -> int:
-  """Bytes that the backward pass of one image keeps: the float32 inputs of all layers with weights or statistics."""
-  kept = (layer for layer in intercept.layers(network) if layer.primitive)
-  return 4 * sum(int(np.prod(layer.input_shape)) * layer.repeats for layer in kept)
-
-
 def describe(
   network: Network,
   config: SynthesisConfig,
@@ -44,6 +39,7 @@ def describe(
   folder: pathlib.Path,
   *,
   labelled: int,
+  need: Need,
 ) -> str:
   """The text of --dry-run."""
   images = chosen.images + chosen.held_out
@@ -51,11 +47,9 @@ def describe(
   # Backward to the images alone costs one more forward; backward to the weights as well costs two.
   synthesis = images * config.duplicates * config.steps * 2 * forward if config.is_optimized else 0
   runs = 2 * len(bits)
-  # Every copy is scored beside the float network, and where there are labels once more for its accuracy.
-  evaluation = forward * (2 * images + (images - chosen.images) * 2 * (runs + 1) + labelled * 3 * (runs + 1))
+  # The float network and every copy, the fine-tuned one among them, see each image once.
+  evaluation = forward * (2 * images + (images - chosen.images + labelled) * (runs + 2))
   distillation = chosen.distill_steps * chosen.distill_batch_size * 4 * forward
-  batch = min(config.batch_size, images) * config.duplicates
-  memory = max(batch, chosen.distill_batch_size) * activation_bytes(network) * 2
   rate = matmul_rate()
   total = synthesis + evaluation + distillation
   return "\n".join(
@@ -67,7 +61,7 @@ def describe(
       f"{images - chosen.images} held-out and {labelled} labelled images: {evaluation / 1e12:.2f} T operations",
       f"fine-tuning   {bits[-1]}: {chosen.distill_steps} steps of {chosen.distill_batch_size} images: "
       f"{distillation / 1e12:.2f} T operations",
-      f"memory        about {memory / 2**30:.1f} GiB at most on the device",
+      f"memory        about {need.device / 2**30:.1f} GiB on a device and {need.host / 2**30:.1f} GiB on the host at most",
       f"time          about {total / (rate * _EFFICIENCY) / 60:.1f} minutes if convolutions reach {_EFFICIENCY:.0%} of the "
       f"{rate / 1e9:.0f} GFLOP/s that a matrix product just reached here ({jax.devices()[0].device_kind}), "
       "plus a minute or two of compilation at the first run",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import pathlib
 from typing import Annotated, Any, Literal
 
@@ -73,7 +74,18 @@ class Options:
   seed: int = 0
   """Seed of everything random."""
   devices: int | None = None
-  """Devices that synthesis and fine-tuning are spread over. Default: all accelerators, or one CPU."""
+  """Devices of each process that the work is spread over. Default: all accelerators, or one CPU."""
+  coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+  """Where process 0 of a run of several processes is reached. SLURM (srun), Open MPI and Cloud TPU need none of these three;
+  see docs/many_devices.md."""
+  num_processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+  """How many processes take part, each started with the same command but for --process-id."""
+  process_id: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+  """Which of them this one is, from 0."""
+  checkpoint_seconds: Annotated[float, tyro.conf.arg(metavar="S")] = 20.0
+  """Least time in seconds between two saved states of the synthesis: at most that much is lost to a kill."""
+  checkpoint_steps: Annotated[int, tyro.conf.arg(metavar="N")] = 200
+  """Fine-tuning steps between two saved states."""
   dry_run: bool = False
   """Say what would be done and what it would cost, and do nothing."""
 
@@ -108,12 +120,30 @@ _PRESETS: dict[tuple[str, bool], Sizes] = {
 }
 
 
+def check_numbers(options: Options) -> None:
+  """Refuse numbers that would stop the run only when their stage begins.
+
+  Raises:
+    KwjaxError: naming the option and what it takes.
+  """
+  if not 0 <= options.seed < 1 << 32:
+    raise KwjaxError(f"--seed must be at least 0 and below 2^32, found {options.seed}")
+  if not 0 <= options.checkpoint_seconds < math.inf:
+    raise KwjaxError(f"--checkpoint-seconds must be a number of at least 0, found {options.checkpoint_seconds}")
+  if options.checkpoint_steps < 1:
+    raise KwjaxError(f"--checkpoint-steps must be at least 1, found {options.checkpoint_steps}")
+  rate = options.distill_learning_rate
+  if rate is not None and not 0 < rate < math.inf:
+    raise KwjaxError(f"--distill-learning-rate must be a positive number, found {rate}")
+
+
 def sizes(options: Options, network: Network) -> Sizes:
   """What the preset says for this network, with the options that were given put in its place.
 
   Raises:
     KwjaxError: a number is out of range.
   """
+  check_numbers(options)
   base = _PRESETS[options.preset, network.image_shape[0] <= 64]
   given = {
     field.name: value
@@ -164,7 +194,19 @@ def run_folder(name: str, options: Options, network: Network) -> pathlib.Path:
 
 def result_settings(options: Options, network: Network) -> dict[str, Any]:
   """The options that the results depend on."""
-  without_effect = ("workdir", "resume", "dry_run", "network", "weights", "devices")
+  without_effect = {
+    "workdir",
+    "resume",
+    "dry_run",
+    "network",
+    "weights",
+    "devices",
+    "coordinator",
+    "num_processes",
+    "process_id",
+    "checkpoint_seconds",
+    "checkpoint_steps",
+  }
   settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in without_effect}
   data = {name: _content(settings[name]) for name in ("eval_data", "real_data")}
   return {**settings, "network": fingerprint(network), "data": data}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import cost, results
+from experiments import cost, memory, results
 from experiments.common import Stages, get_network, in_workdir, keep_freed_memory, say, use_compilation_cache
 from experiments.options import Options, Sizes, result_settings, run_folder, sizes, synthesis_config
+from experiments.scoring import Scorer
 from kwjax.analysis.similarity import Similarity, measure
 from kwjax.batchnorm import INPUT
 from kwjax.distillation import DistillConfig, distill
@@ -29,8 +30,9 @@ from kwjax.quantization import (
   save_quantized,
 )
 from kwjax.quantization.integer import representable_weights
+from kwjax.runtime import processes
 from kwjax.runtime.data import ImageData, load_data
-from kwjax.runtime.evaluate import agreement, evaluate
+from kwjax.runtime.files import canonical_json, settings_differences
 from kwjax.runtime.parallel import device_group
 from kwjax.runtime.workdir import Shutdown
 from kwjax.synthesis import SampleSet, SynthesisConfig, starting_images, synthesize
@@ -62,7 +64,7 @@ class Job(NamedTuple):
     Raises:
       Interrupted: finished stages are kept.
     """
-    if self.shutdown.requested:
+    if processes.any_stop(self.shutdown.requested):
       raise Interrupted(f"stopped; finished stages are in {self.stages.folder}")
 
   @property
@@ -86,6 +88,7 @@ def run(options: Options, *, name: str, default: str | None) -> int:
     KwjaxError: anything the user can mend.
     Interrupted: the run was asked to stop.
   """
+  processes.initialize(options.coordinator, options.num_processes, options.process_id)
   use_compilation_cache()
   keep_freed_memory()
   group = device_group(options.devices)
@@ -93,15 +96,16 @@ def run(options: Options, *, name: str, default: str | None) -> int:
   rules = parse_rules(options, network)
   chosen = sizes(options, network)
   config = synthesis_config(options, network, chosen)
-  if chosen.distill_steps and chosen.distill_batch_size % group.size:
-    raise KwjaxError(
-      f"--distill-batch-size {chosen.distill_batch_size} does not divide over {group.size} devices: choose a multiple"
-    )
   eval_data, real_data = _load(options.eval_data, network), _load(options.real_data, network)
   folder = run_folder(name, options, network)
+  need = memory.predict(network, config, chosen, group.size)
+  if options.dry_run and processes.is_main():
+    labelled = len(eval_data) if eval_data else 0
+    print(cost.describe(network, config, chosen, tuple(rules), folder, labelled=labelled, need=need))
+  memory.check(need, jax.local_devices()[0])
   if options.dry_run:
-    print(cost.describe(network, config, chosen, tuple(rules), folder, labelled=len(eval_data) if eval_data else 0))
     return 0
+  check_same_settings(options, network)
   say(f"{network.name}: {config.scheme} images, then {', '.join(rules)}; everything goes to {folder}")
 
   def work(folder: pathlib.Path, shutdown: Shutdown) -> None:
@@ -110,6 +114,19 @@ def run(options: Options, *, name: str, default: str | None) -> int:
 
   in_workdir(folder, options, work)
   return 0
+
+
+def check_same_settings(options: Options, network: Network) -> None:
+  """Refuse processes of one run that would not do the same work.
+
+  Raises:
+    KwjaxError: their options, network or data sets differ.
+  """
+  everybody = processes.exchange(json.loads(canonical_json(result_settings(options, network))))
+  for index, settings in enumerate(everybody):
+    differences = settings_differences(everybody[0], settings)
+    if differences:
+      raise KwjaxError(f"process {index} of {len(everybody)} was started with other options than 0: {differences[0]}")
 
 
 def parse_rules(options: Options, network: Network) -> dict[str, QuantRules]:
@@ -166,10 +183,19 @@ def execute(job: Job) -> None:
     if job.eval_data
     else "no --eval-data: agreement is measured on held-out synthetic images"
   )
-  float_result = job.stages.once("float", lambda: _score(job, job.network, held_out))
-  quantized, scores = calibrate_all(job, calibration, held_out)
-  tuned = fine_tune(job, quantized[job.options.bits[-1]][scheme], calibration[scheme], held_out)
+  scorer = Scorer(
+    job.network,
+    held_out,
+    job.eval_data,
+    devices=job.options.devices,
+    should_stop=lambda: job.shutdown.requested,
+  )
+  float_result = job.stages.once("float", lambda: scorer.score(job.network))
+  quantized, scores = calibrate_all(job, calibration, scorer)
+  tuned = fine_tune(job, quantized[job.options.bits[-1]][scheme], calibration[scheme], scorer)
   say("writing the report")
+  if not processes.is_main():
+    return
   final = tuned[0] if tuned else quantized[job.options.bits[-1]][scheme]
   save_quantized(final, job.stages.folder / "quantized")
   results.write(
@@ -205,7 +231,7 @@ def make_images(job: Job, config: SynthesisConfig, folder: str, stream: int) -> 
     workdir=job.stages.folder / folder,
     devices=job.options.devices,
     progress=config.is_optimized,
-    checkpoint_seconds=20.0,
+    checkpoint_seconds=job.options.checkpoint_seconds,
     should_stop=lambda: job.shutdown.requested,
   )
 
@@ -229,7 +255,16 @@ def _similarities(job: Job, calibration: Mapping[str, np.ndarray]) -> dict[str, 
   for name, images in sets.items():
     job.shutdown_point()
     try:
-      found[name] = _similarity(measure(job.network, images(), include_input=True, batch_size=32))
+      found[name] = _similarity(
+        measure(
+          job.network,
+          images(),
+          include_input=True,
+          batch_size=32,
+          devices=job.options.devices,
+          should_stop=lambda: job.shutdown.requested,
+        )
+      )
     except NoBatchNormError:
       return None
   return found
@@ -246,26 +281,8 @@ def _similarity(similarity: Similarity) -> dict[str, Any]:
   }
 
 
-def _score(job: Job, network: Network | QuantizedNetwork, held_out: np.ndarray) -> dict[str, Any]:
-  """Accuracy on the labelled images and agreement with the float network on both sets; null where there is no set."""
-  job.shutdown_point()
-  labelled = job.eval_data is not None and job.eval_data.labels is not None
-  size = 256 if job.network.image_shape[0] <= 64 else 32
-  is_float = network is job.network
-  score: dict[str, Any] = {
-    "accuracy": dataclasses.asdict(evaluate(network, job.eval_data, batch_size=size))
-    if labelled and job.eval_data
-    else None,
-    "held_out": None if is_float else dataclasses.asdict(agreement(network, job.network, held_out, batch_size=size)),
-    "eval": None,
-  }
-  if job.eval_data is not None and not is_float:
-    score["eval"] = dataclasses.asdict(agreement(network, job.network, job.eval_data, batch_size=size))
-  return score
-
-
 def calibrate_all(
-  job: Job, calibration: Mapping[str, np.ndarray], held_out: np.ndarray
+  job: Job, calibration: Mapping[str, np.ndarray], scorer: Scorer
 ) -> tuple[dict[str, dict[str, QuantizedNetwork]], dict[str, dict[str, Any]]]:
   """Every precision with every image set: `{bits: {data: network}}` and `{bits: {data: score}}`.
 
@@ -286,9 +303,7 @@ def calibrate_all(
       )
       network = quantize(job.network, rules, ranges)
       quantized[bits][data] = network
-      scores[bits][data] = job.stages.once(
-        f"calibrated-{bits}-{data}", functools.partial(_score, job, network, held_out)
-      )
+      scores[bits][data] = job.stages.once(f"calibrated-{bits}-{data}", functools.partial(scorer.score, network))
       say(f"calibrated {bits} with {data}: {results.in_words(scores[bits][data])}")
   return quantized, scores
 
@@ -299,13 +314,21 @@ def _range_table(job: Job, data: str, images: np.ndarray) -> RangeTable:
 
   def compute() -> dict[str, Any]:
     say(f"observing activation ranges on {len(images)} {data} images")
-    return observe_ranges(job.network, images, batch_size=32, progress=True).to_json()
+    table = observe_ranges(
+      job.network,
+      images,
+      batch_size=32,
+      progress=True,
+      devices=job.options.devices,
+      should_stop=lambda: job.shutdown.requested,
+    )
+    return table.to_json()
 
   return RangeTable.from_json(job.stages.once(f"ranges-{data}", compute))
 
 
 def fine_tune(
-  job: Job, student: QuantizedNetwork, images: np.ndarray, held_out: np.ndarray
+  job: Job, student: QuantizedNetwork, images: np.ndarray, scorer: Scorer
 ) -> tuple[QuantizedNetwork, dict[str, Any]] | None:
   """Distill the float network into the last precision of --bits; the tuned network and its score, or None for 0 steps."""
   steps = job.chosen.distill_steps
@@ -323,7 +346,7 @@ def fine_tune(
     devices=job.options.devices,
     progress=True,
   )
-  score = job.stages.once("distilled", lambda: _score(job, tuned, held_out))
+  score = job.stages.once("distilled", lambda: scorer.score(tuned))
   say(f"fine-tuned {student.name}: {results.in_words(score)}")
   return tuned, score
 
@@ -338,6 +361,7 @@ def distill_config(job: Job) -> DistillConfig:
     "steps": chosen.distill_steps,
     "batch_size": chosen.distill_batch_size,
     "batch_norm": "frozen" if frozen else "train",
+    "checkpoint_every": job.options.checkpoint_steps,
   }
   if job.options.preset != "paper" or job.options.distill_steps is not None:
     changes["warmup_steps"] = chosen.distill_steps // 20

@@ -19,15 +19,19 @@ import safetensors
 import safetensors.numpy
 
 from kwjax.errors import KwjaxError, WeightsError
+from kwjax.network_files import (
+  DESCRIPTION_FILE,
+  FORMAT,
+  WEIGHTS_FILE,
+  check_options,
+  read_description,
+  read_weights,
+)
 
 Array = jax.Array
 Variables = Mapping[str, Any]
 ApplyFn = Callable[[Variables, Array], tuple[Array, Variables]]
 """`(variables, images f32[b,h,w,c] in [0,1]) -> (logits f32[b,k], mutated variables)`; what every wrapper takes and returns."""
-
-WEIGHTS_FILE = "model.safetensors"
-DESCRIPTION_FILE = "network.json"
-FORMAT = 1
 
 # Evaluation mode under the names in use for a module's mode argument; BatchNorm's own mode is set by kwjax.batchnorm.
 _EVALUATION_ARGUMENTS = {
@@ -160,7 +164,7 @@ def flatten_variables(variables: Variables) -> dict[str, np.ndarray]:
 
 
 def check_finite(variables: Variables, origin: str) -> None:
-  """Refuse NaN, infinite weights and negative variances.
+  """Refuse NaN, infinite weights and negative variances; a variance of zero is that of a channel that never varied.
 
   Raises:
     WeightsError: naming `origin`, and every bad array by its path.
@@ -207,7 +211,7 @@ def save_network(network: Network, folder: str | pathlib.Path) -> None:
   Raises:
     KwjaxError: the folder cannot be written.
   """
-  from kwjax.runtime.files import atomic_write, write_json
+  from kwjax.runtime.files import atomic_write, write_sealed_json
 
   folder = pathlib.Path(folder)
   payload = safetensors.numpy.save(flatten_variables(network.variables))
@@ -228,7 +232,7 @@ def save_network(network: Network, folder: str | pathlib.Path) -> None:
   except OSError as error:
     raise KwjaxError(f"cannot write a network to {folder}: {error.strerror}") from error
   atomic_write(folder / WEIGHTS_FILE, payload)
-  write_json(folder / DESCRIPTION_FILE, description)
+  write_sealed_json(folder / DESCRIPTION_FILE, description)
 
 
 def load_network(folder: str | pathlib.Path, *, module: nn.Module | None = None) -> Network:
@@ -245,13 +249,21 @@ def load_network(folder: str | pathlib.Path, *, module: nn.Module | None = None)
   from kwjax.models import get_model
 
   folder = pathlib.Path(folder)
-  description = _read_description(folder)
-  weights = _read_weights(folder / WEIGHTS_FILE, description.get("weights_sha256"))
+  description = read_description(folder)
+  where = folder / DESCRIPTION_FILE
+  weights = read_weights(folder / WEIGHTS_FILE, description.get("weights_sha256"))
   arch, options = description.get("arch"), description.get("model_options") or {}
+  known_module = module is None
   if module is None:
     if not arch:
-      raise WeightsError(f"{folder / DESCRIPTION_FILE} names no architecture: pass module= to load_network")
-    module = get_model(arch, **options)
+      raise WeightsError(f"{where} names no architecture: pass module= to load_network")
+    if not isinstance(arch, str) or not isinstance(options, dict):
+      raise WeightsError(f"{where}: arch must be a name and model_options a mapping, found {arch!r} and {options!r}")
+    check_options(options, where)
+    try:
+      module = get_model(arch, **options)
+    except TypeError as error:
+      raise WeightsError(f"{where}: model_options {options} are not those of {arch}: {error}") from error
   try:
     network = Network(
       module,
@@ -259,46 +271,33 @@ def load_network(folder: str | pathlib.Path, *, module: nn.Module | None = None)
       image_shape=description["image_shape"],
       input_mean=description["input_mean"],
       input_std=description["input_std"],
-      name=description.get("name", arch or folder.name),
+      name=str(description.get("name") or arch or folder.name),
       arch=arch,
       model_options=options,
       call_options=description.get("call_options"),
       source=description.get("source") or {},
     )
-  except (KeyError, TypeError) as error:
-    raise WeightsError(f"{folder / DESCRIPTION_FILE} is incomplete: {error}") from error
-  image = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
-  expected = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **dict(network.call_options or {})), image)
+  except KwjaxError as error:
+    raise WeightsError(f"{where}: {error}") from error
+  except (TypeError, ValueError, OverflowError) as error:
+    raise WeightsError(f"{where} or {WEIGHTS_FILE} does not describe a network: {error}") from error
+  expected = _expected_variables(network, where if known_module else None)
   check_shapes(expected, network.variables, str(folder / WEIGHTS_FILE))
   check_finite(network.variables, str(folder / WEIGHTS_FILE))
   return network
 
 
-def _read_description(folder: pathlib.Path) -> dict[str, Any]:
-  path = folder / DESCRIPTION_FILE
+def _expected_variables(network: Network, where: pathlib.Path | None) -> Variables:
+  """Shapes that a network's module wants; errors are blamed on `where`, a file that chose the module, if there is one."""
+  image = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
+  options = dict(network.call_options or {})
   try:
-    description = json.loads(path.read_text())
-  except FileNotFoundError as error:
+    return jax.eval_shape(lambda x: network.module.init(jax.random.key(0), x, **options), image)
+  # Flax, JAX and the module itself raise whatever they like for sizes that do not go together.
+  except Exception as error:
+    if where is None:
+      raise
+    reason = (str(error).splitlines() or [""])[0][:200]
     raise WeightsError(
-      f"{folder} is not a kwjax network: it has no {DESCRIPTION_FILE} (make one with python -m weights_conversion)"
+      f"{where} describes a network that cannot be built ({type(error).__name__}: {reason})"
     ) from error
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise WeightsError(f"{path} cannot be read: {error}") from error
-  if not isinstance(description, dict) or description.get("format") != FORMAT:
-    found = description.get("format") if isinstance(description, dict) else type(description).__name__
-    raise WeightsError(f"{path} has format {found}, this version reads format {FORMAT}")
-  return description
-
-
-def _read_weights(path: pathlib.Path, sha256: str | None) -> dict[str, Array]:
-  try:
-    payload = path.read_bytes()
-  except OSError as error:
-    raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
-  found = hashlib.sha256(payload).hexdigest()
-  if sha256 is not None and found != sha256:
-    raise WeightsError(f"{path} is damaged: expected sha256 {sha256[:16]}, found {found[:16]}")
-  try:
-    return {name: jnp.asarray(value) for name, value in safetensors.numpy.load(payload).items()}
-  except (safetensors.SafetensorError, ValueError) as error:
-    raise WeightsError(f"{path} is not a safetensors file: {error}") from error

@@ -133,3 +133,44 @@ def test_module_that_returns_no_logits_is_named() -> None:
   )
   with pytest.raises(KwjaxError, match=r"features must return logits .* shape \(1, 8, 8, 2\)"):
     network.apply(IMAGES)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"colour": 1}, r"unknown keys \['colour'\]"),
+    ({"input_std": None}, "does not describe a network"),
+    ({"image_shape": [8, 8, 10**30]}, "3 channels|cannot be built|one value for each"),
+    ({"model_options": {"blocks_per_stage": 10**6}}, "blocks_per_stage must be at most 1000, found 1000000"),
+    ({"model_options": {"num_classes": 2.5}}, "num_classes must be a whole number"),
+    ({"model_options": {"name": "x"}}, "model_options"),
+    ({"model_options": {"blocks_per_stage": "many"}}, "cannot be built"),
+    ({"call_options": {"rngs": 1}}, "cannot be built"),
+    ({"weights_sha256": 7}, r"model\.safetensors is damaged: expected sha256 7"),
+    ({"arch": ["resnet20"]}, "arch must be a name"),
+  ],
+)
+def test_descriptions_that_fit_no_network_are_refused(tmp_path: pathlib.Path, changes: dict, message: str) -> None:
+  save_network(tiny_network().replace(arch="resnet20", model_options={"num_classes": 10}), tmp_path)
+  path = tmp_path / "network.json"
+  description = json.loads(path.read_text())
+  del description["sha256"]
+  path.write_text(json.dumps({**description, **changes}))
+  with pytest.raises(WeightsError, match=message):
+    load_network(tmp_path)
+
+
+def test_a_description_may_be_written_by_hand_but_not_edited(tmp_path: pathlib.Path) -> None:
+  save_network(tiny_network(), tmp_path)
+  path = tmp_path / "network.json"
+  edited = path.read_text().replace("0.45", "0.46", 1)
+  path.write_text(edited)
+  with pytest.raises(WeightsError, match="damaged or was edited"):
+    load_network(tmp_path, module=TinyNet())
+  description = json.loads(edited)
+  del description["sha256"]
+  path.write_text(json.dumps(description))
+  assert load_network(tmp_path, module=TinyNet()).input_mean == (0.46, 0.45, 0.45)
+  path.write_text("[" * 100_000)
+  with pytest.raises(WeightsError, match="not valid JSON"):
+    load_network(tmp_path, module=TinyNet())

@@ -19,6 +19,7 @@ from kwjax.batchnorm.observe import (
   observing,
   recorded_moments,
   reference_moments,
+  weigh,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
   "recorded_moments",
   "reference_moments",
   "std_mse",
+  "weigh",
 ]

@@ -25,11 +25,16 @@ class Moments(NamedTuple):
 
 
 def batch_moments(
-  x: Array, *, feature_axis: int = -1, shift: Array | None = None, axis_name: str | None = None
+  x: Array,
+  *,
+  feature_axis: int = -1,
+  shift: Array | None = None,
+  axis_name: str | None = None,
+  weights: Array | None = None,
 ) -> Moments:
   """Biased moments of x over all axes but the feature axis, in float32.
 
-  mean = s + E[x - s],  var = E[(x - s)^2] - E[x - s]^2, with s the shift.
+  mean = s + E[x - s],  var = E[(x - s)^2] - E[x - s]^2, with s the shift and E[f] = sum_i w_i f_i / sum_i w_i.
 
   With s near the true mean the one pass over the data loses no digits (with s = 0 the variance is wrong by 2e-3 at mean
   10 and standard deviation 0.1), and one collective a layer is enough, where the two-pass form needs two.
@@ -38,7 +43,9 @@ def batch_moments(
     x: activations, any float type, feature axis of size c.
     feature_axis: the axis that is kept.
     shift: f32[c], a constant near the mean, such as the running mean; no gradient flows to it. Default zero.
-    axis_name: mapped axis whose devices hold equal shares of the batch; moments are over all of them.
+    axis_name: mapped axis; moments are over all its devices, which without weights hold equal shares of the batch.
+    weights: f32[b] >= 0 along the first axis of x (the feature axis aside): 1 counts, 0 is padding, which must be finite
+      all the same. None: all count. Where all weights on all devices are zero, the mean is the shift and the variance 0.
 
   Returns:
     Moments f32[c].
@@ -46,14 +53,30 @@ def batch_moments(
   Source: Chan, Golub & LeVeque (1983), "Algorithms for computing the sample variance", shifted data.
   """
   x = jnp.moveaxis(jnp.asarray(x, jnp.float32), feature_axis, -1)
-  axes = tuple(range(x.ndim - 1))
   s = jnp.zeros(x.shape[-1], jnp.float32) if shift is None else lax.stop_gradient(jnp.asarray(shift, jnp.float32))
   centred = x - s
-  first, second = jnp.mean(centred, axes), jnp.mean(jnp.square(centred), axes)
-  if axis_name is not None:
-    first, second = lax.pmean(jnp.stack([first, second]), axis_name)
+  if weights is None:
+    axes = tuple(range(x.ndim - 1))
+    first, second = jnp.mean(centred, axes), jnp.mean(jnp.square(centred), axes)
+    if axis_name is not None:
+      first, second = lax.pmean(jnp.stack([first, second]), axis_name)
+  else:
+    first, second = _weighted_means(centred, jnp.asarray(weights, jnp.float32), axis_name)
   # Rounding can leave a constant channel slightly below zero, and log() of that is NaN.
   return Moments(s + first, jnp.maximum(second - jnp.square(first), 0.0))
+
+
+def _weighted_means(centred: Array, weights: Array, axis_name: str | None) -> Array:
+  """sum_i w_i mean(f_i) / sum_i w_i of f = x and f = x^2, f32[2,c]; sums and weight travel in one collective."""
+  axes = tuple(range(1, centred.ndim - 1))
+  by_image = jnp.stack([jnp.mean(centred, axes), jnp.mean(jnp.square(centred), axes)], axis=1)
+  # Not a matrix product: the default precision of GPUs and TPUs would round the statistics.
+  sums = jnp.sum(weights[:, None, None] * by_image, axis=0)
+  total = jnp.sum(weights)
+  if axis_name is not None:
+    packed = lax.psum(jnp.append(sums, total), axis_name)
+    sums, total = packed[:-1].reshape(sums.shape), packed[-1]
+  return sums / jnp.where(total > 0.0, total, 1.0)
 
 
 def pool(parts: Sequence[Moments]) -> Moments:

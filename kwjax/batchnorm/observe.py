@@ -25,6 +25,7 @@ Mode = Literal["running", "current", "frozen"]
 
 _MOMENTS = "moments"
 _FROZEN = "frozen_moments"
+_WEIGHTS = "image_weights"
 
 
 def matches(layer: str, patterns: Iterable[str]) -> bool:
@@ -43,6 +44,7 @@ def observing(
 
   Normalization runs here, never in the layer: BatchNorm's own switch is an attribute or an argument that its caller has
   already fixed. y = (x - mean) / sqrt(var + eps) * scale + bias, with the layer's own eps, scale and bias, in float32.
+  Where the variables come from `weigh`, the moments of the batch are those of the images that count.
 
   Args:
     apply: what to wrap.
@@ -60,7 +62,8 @@ def observing(
     use_current = frozen is None and matches(name, current)
     moments = None
     if record_moments or use_current:
-      moments = batch_moments(x, feature_axis=_axis(module), shift=running.mean, axis_name=axis_name)
+      weights = _entry_weights(module, x)
+      moments = batch_moments(x, feature_axis=_axis(module), shift=running.mean, axis_name=axis_name, weights=weights)
     if record_moments:
       intercept.record(module, _MOMENTS, moments)
     chosen = moments if use_current else frozen if frozen is not None else running
@@ -131,6 +134,46 @@ def freeze(variables: Variables, moments: Mapping[str, Moments]) -> Variables:
   return intercept.provide(variables, _FROZEN, attached)
 
 
+def weigh(variables: Variables, weights: Array) -> Variables:
+  """Attach weights of images to every BatchNorm layer: under `observing`, batch statistics are weighted means.
+
+  With this a batch of any size can be padded to one that divides over the devices: padding has weight zero. A layer whose
+  leading axis is k times the batch (patches or copies folded into it) gives each image's weight to k consecutive entries,
+  so the axis must run image by image.
+
+  Args:
+    variables: of a network.
+    weights: f32[v] >= 0 of the images that this device forwards: 1 counts, 0 is padding.
+
+  Raises:
+    KwjaxError: (in the forward pass) a layer's leading axis is no multiple of v.
+  """
+  weights = jnp.asarray(weights, jnp.float32)
+  statistics = flax.traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
+  attached = {
+    # All axes of the statistics come first, so that nn.scan slices a stack along whichever axis it keeps its layers.
+    "/".join(path[:-1]) or "<top>": jnp.broadcast_to(weights, (*mean.shape, weights.shape[0]))
+    for path, mean in statistics.items()
+    if path[-1] == "mean"
+  }
+  return intercept.provide(variables, _WEIGHTS, attached) if attached else variables
+
+
+def _entry_weights(module: nn.BatchNorm, x: Array) -> Array | None:
+  """Weights f32 of the entries of a layer's leading axis, or None where images have none."""
+  attached = intercept.provided(module, _WEIGHTS)
+  if attached is None:
+    return None
+  weights = attached[0]
+  size, count = x.shape[0], weights.shape[-1]
+  if weights.ndim != 1 or x.ndim < 2 or _axis(module) % x.ndim == 0 or size % count:
+    raise KwjaxError(
+      f"layer {intercept.layer_name(module)} has an input of shape {tuple(x.shape)}, whose leading axis does not run over "
+      f"the {count} images of a padded batch: use a batch size that is a multiple of the number of devices"
+    )
+  return weights if size == count else jnp.repeat(weights, size // count)
+
+
 def recorded_moments(mutated: Variables) -> dict[str, Moments]:
   """Moments that `observing` recorded, `{layer: Moments f32[c]}`; layers under nn.scan are named `path[i]`.
 
@@ -149,9 +192,12 @@ def _unstack(name: str, moments: Moments) -> dict[str, Moments]:
   return {f"{name}[{i}]": Moments(mean[i], var[i]) for i in range(mean.shape[0])}
 
 
-def input_moments(images: Array, network: Network, *, axis_name: str | None = None) -> Moments:
-  """Moments f32[c] of images f32[b,h,w,c] in [0,1] themselves: the virtual layer `input`."""
-  return batch_moments(images, shift=jnp.asarray(network.input_mean, jnp.float32), axis_name=axis_name)
+def input_moments(
+  images: Array, network: Network, *, axis_name: str | None = None, weights: Array | None = None
+) -> Moments:
+  """Moments f32[c] of images f32[b,h,w,c] in [0,1] themselves, with weights f32[b] or None: the virtual layer `input`."""
+  shift = jnp.asarray(network.input_mean, jnp.float32)
+  return batch_moments(images, shift=shift, axis_name=axis_name, weights=weights)
 
 
 def observe(
@@ -161,6 +207,7 @@ def observe(
   axis_name: str | None = None,
   current: Sequence[str] = (),
   include_input: bool = False,
+  weights: Array | None = None,
 ) -> tuple[Array, dict[str, Moments]]:
   """Logits, and the moments of every BatchNorm input, of one batch.
 
@@ -170,14 +217,17 @@ def observe(
     axis_name: mapped axis over whose devices the moments are taken.
     current: paths or regular expressions of the layers that normalize with this batch's statistics.
     include_input: count the images themselves as the layer `input`.
+    weights: f32[b], 1 for an image that counts and 0 for padding, or None: all count.
 
   Returns:
     logits f32[b,k] and `{layer: Moments f32[c]}` in execution order.
 
   Raises:
     NoBatchNormError: the network has no BatchNorm.
+    KwjaxError: `current` names no layer, or the leading axis of a layer's input does not fit the weights.
   """
-  logits, mutated = observing(network.forward, axis_name=axis_name, current=current)(network.variables, images)
+  variables = network.variables if weights is None else weigh(network.variables, weights)
+  logits, mutated = observing(network.forward, axis_name=axis_name, current=current)(variables, images)
   moments = recorded_moments(mutated)
   if not moments:
     raise no_batch_norm(network.name)
@@ -187,7 +237,7 @@ def observe(
     raise KwjaxError(f"no BatchNorm layer of {network.name} matches {unknown}; there are {', '.join(names[:8])}, ...")
   moments = intercept.in_order(moments, names)
   if include_input:
-    moments = {INPUT: input_moments(images, network, axis_name=axis_name), **moments}
+    moments = {INPUT: input_moments(images, network, axis_name=axis_name, weights=weights), **moments}
   return logits, moments
 
 

@@ -69,6 +69,12 @@ def _draw(
   return mixing, keys
 
 
+def take(plan: Plan, rows: range) -> Plan:
+  """The plan of some rows of a batch; rows beyond its end are copies of the last one, to be given no weight."""
+  index = np.minimum(np.asarray(rows), len(plan.chosen) - 1)
+  return Plan(*jax.tree.map(lambda leaf: leaf[index], (plan.chosen, plan.mixing, plan.keys)))
+
+
 def gather(images: Any, plan: Plan) -> tuple[Any, Any]:
   """The batch's images and their partners (None without mixup), as they are stored, on the host or on a device."""
   return images[plan.chosen], None if plan.mixing is None else images[plan.mixing.partner]

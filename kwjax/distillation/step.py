@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from kwjax import intercept
-from kwjax.batchnorm import observing, recorded_moments
+from kwjax.batchnorm import observing, recorded_moments, weigh
 from kwjax.batchnorm.observe import running_moments
 from kwjax.distillation.config import DistillConfig
 from kwjax.distillation.features import recorded_features, recording_features, resolve_stages
@@ -112,10 +112,11 @@ def distill_loss(
   teacher_logits: Array,
   teacher_features: dict[str, Array],
   config: DistillConfig,
+  weights: Array | None = None,
   *,
   axis_name: str | None = None,
 ) -> tuple[Array, tuple[Array, dict[str, Array], Array, Any]]:
-  """kl_weight * KL + iq_weight * IQ of one batch, this device's share of it.
+  """kl_weight * KL + iq_weight * IQ of one batch.
 
   Args:
     params: parameters to differentiate by, in place of the student's own.
@@ -123,19 +124,28 @@ def distill_loss(
     images: f32[b,h,w,c] in [0,1].
     teacher_logits: f32[b,k].
     teacher_features: `{stage: f32[b,h,w,c]}`, empty without IQ.
-    config: weights, temperature and mode of BatchNorm.
+    config: weights of the terms, temperature and mode of BatchNorm.
+    weights: f32[b] of this device's images: 1 counts, 0 is padding. None: all count.
     axis_name: mapped axis of the devices.
 
   Returns:
-    loss f32[]; `(KL f32[], IQ terms {stage: f32[]}, logits f32[b,k], batch_stats after the batch)`.
+    loss f32[]: this device's own, or with weights the one over all devices, whose images need not weigh the same;
+    `parallel.value_and_grad_of_copy` is right for both. `(KL f32[], IQ terms {stage: f32[]}, logits f32[b,k],
+    batch_stats after the batch)`: the terms are this device's own.
+
+  Raises:
+    KwjaxError: with weights, the input of a BatchNorm layer or a stage does not have the images along its leading axis.
   """
   trains = config.batch_norm == "train"
   apply = track_statistics(student.forward, axis_name) if trains else observing(student.forward, record_moments=False)
   variables = {**student.variables, "params": params}
-  logits, mutated = recording_features(apply, tuple(teacher_features))(variables, images)
-  stages = stage_losses(recorded_features(mutated), teacher_features)
-  kl = kl_divergence(logits, teacher_logits, temperature=config.temperature)
+  forwarded = variables if weights is None or not trains else weigh(variables, weights)
+  logits, mutated = recording_features(apply, tuple(teacher_features))(forwarded, images)
+  stages = stage_losses(recorded_features(mutated), teacher_features, weights=weights)
+  kl = kl_divergence(logits, teacher_logits, temperature=config.temperature, weights=weights)
   loss = config.kl_weight * kl + config.iq_weight * sum(stages.values(), jnp.float32(0.0))
+  if weights is not None:
+    loss = parallel.mean(loss, axis_name, parallel.weight_share(weights, axis_name))
   batch_stats = variables.get("batch_stats", {})
   return loss, (kl, stages, logits, updated_statistics(batch_stats, mutated) if trains else batch_stats)
 
@@ -145,6 +155,7 @@ def distill_step(
   batch: Array,
   teacher: Forwardable,
   config: DistillConfig,
+  weights: Array | None = None,
   axis_name: str | None = None,
 ) -> tuple[DistillState[Student], dict[str, Array]]:
   """One step of Algorithm 2: teacher forward, student forward and backward, SGD with momentum, running statistics.
@@ -157,6 +168,7 @@ def distill_step(
     batch: f32[b,h,w,c] in [0,1], this device's share, augmented and mixed; both networks see it.
     teacher: in evaluation mode; evaluated once, without a gradient.
     config: what to optimize and how.
+    weights: f32[b] of this device's images: 1 counts, 0 is padding, which may be any finite image. None: all count.
     axis_name: mapped axis of the devices.
 
   Returns:
@@ -164,7 +176,7 @@ def distill_step(
     networks choose the same class), gradient_norm, learning_rate.
 
   Raises:
-    KwjaxError: a stage of the configuration is missing in a network.
+    KwjaxError: a stage of the configuration is missing in a network, or weights do not fit a layer (see `distill_loss`).
 
   Source: Haroush et al. (2020), "The Knowledge Within", Algorithm 2.
   """
@@ -175,7 +187,9 @@ def distill_step(
   teacher_features = {stage: features[stage] for stage in stages}
 
   def loss_of(params: Any) -> Any:
-    return distill_loss(params, state.student, batch, teacher_logits, teacher_features, config, axis_name=axis_name)
+    return distill_loss(
+      params, state.student, batch, teacher_logits, teacher_features, config, weights, axis_name=axis_name
+    )
 
   params = state.student.variables["params"]
   (loss, (kl, iq, logits, batch_stats)), gradient = parallel.value_and_grad_of_copy(loss_of, axis_name)(params)
@@ -184,8 +198,10 @@ def distill_step(
   if "batch_stats" in variables:
     variables["batch_stats"] = batch_stats
 
-  agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1))
-  kl, iq, agreement, level = parallel.mean((kl, iq, agreement, jnp.mean(teacher_logits)), axis_name)
+  agreement = parallel.weighted_mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1), weights)
+  level = parallel.weighted_mean(teacher_logits, weights)
+  share = parallel.weight_share(weights, axis_name)
+  kl, iq, agreement, level = parallel.mean((kl, iq, agreement, level), axis_name, share)
   norm = optax.tree.norm(gradient)
   is_bad = ~jnp.isfinite(jnp.stack([level, *(iq[stage] for stage in stages), kl, norm]))
   first_time = jnp.any(is_bad) & (state.bad_step < 0)

@@ -16,16 +16,17 @@ import jax
 import numpy as np
 import tqdm
 
-from kwjax.distillation.batches import Plan, assemble, gather, planner
+from kwjax.distillation.batches import Plan, assemble, gather, planner, take
 from kwjax.distillation.config import DistillConfig
 from kwjax.distillation.features import resolve_stages
 from kwjax.distillation.step import DistillState, Student, distill_step, initial_state, watched_terms
 from kwjax.errors import DataError, KwjaxError, NonFiniteError
 from kwjax.intercept import Forwardable
 from kwjax.network import Array
+from kwjax.runtime import processes
 from kwjax.runtime.checkpoint import Checkpoints
 from kwjax.runtime.parallel import DeviceGroup, device_group
-from kwjax.runtime.workdir import Shutdown, graceful_shutdown, lock_workdir
+from kwjax.runtime.workdir import Shutdown, graceful_shutdown
 
 History = list[dict[str, float]]
 Callback = Callable[[int, dict[str, float], Any], None]
@@ -51,6 +52,9 @@ def distill(
   Loss: kl_weight KL(teacher || student) + iq_weight IQ, on mixed images. Activation ranges stay frozen; the weight
   scales of a fake-quantized student follow its weights.
 
+  A batch that does not divide over the devices is filled up with images of weight zero. Several processes must all make
+  the same call; each forwards its share of every batch, and process 0 keeps the checkpoints.
+
   Args:
     student: `QuantizedNetwork`, or a float `Network`.
     teacher: the network to agree with, in evaluation mode.
@@ -59,7 +63,7 @@ def distill(
     key: PRNG key; equal arguments give equal students.
     workdir: keeps checkpoints in its folder `distillation`. A run that was killed at any moment and is started again
       with the same arguments ends with bit-identical weights; Ctrl-C and SIGTERM save before they stop it.
-    devices: number of devices or the devices; None: all accelerators, or one CPU.
+    devices: number of devices of each process, or the devices; None: all accelerators, or one CPU a process.
     progress: show a progress bar.
     callback: called every `config.log_every` steps and after the last.
 
@@ -67,7 +71,7 @@ def distill(
     The trained student, of the type that was given.
 
   Raises:
-    KwjaxError: shapes, stages or the number of devices do not fit.
+    KwjaxError: shapes or stages do not fit, or there are fewer devices.
     DataError: there are no images, or their values lie outside the range.
     NonFiniteError: a term became NaN or infinite; names the step, the term and the last good checkpoint.
     CheckpointError: `workdir` holds a run with other arguments.
@@ -91,7 +95,7 @@ def distill_with_history(
 ) -> tuple[Student, History]:
   """As `distill`; also returns the metrics of every `config.log_every`-th step and of the last: `step`, `loss`, ..."""
   group = device_group(devices)
-  check_arguments(student, teacher, images, config, group)
+  check_arguments(student, teacher, images, config)
   stages = resolve_stages(student, teacher, config.stages) if config.iq_weight > 0.0 else ()
   config = config.replace(stages=stages)
   plan = planner(key, images.shape[0], config)
@@ -108,7 +112,7 @@ def distill_with_history(
 
 
 def check_arguments(
-  student: Forwardable, teacher: Forwardable, images: Array | np.ndarray, config: DistillConfig, group: DeviceGroup
+  student: Forwardable, teacher: Forwardable, images: Array | np.ndarray, config: DistillConfig
 ) -> None:
   """Refuses what cannot be trained, before anything is computed; raises as `distill` does."""
   shape = tuple(images.shape)
@@ -119,8 +123,6 @@ def check_arguments(
       )
   if shape[0] == 0:
     raise DataError("there are no images to distill with")
-  if config.batch_size % group.size:
-    raise KwjaxError(f"a batch of {config.batch_size} does not divide over {group.size} devices")
   if images.dtype == np.uint8:
     return
   low, high = float(images.min()), float(images.max())
@@ -161,16 +163,27 @@ class _Store:
   shutdown: Shutdown | None = None
 
   def restore(self, initial: DistillState[Student]) -> tuple[DistillState[Student], History]:
-    found = self.checkpoints.restore(initial, settings=self.settings) if self.checkpoints else None
-    return (initial, []) if found is None else (found.state, found.extra["history"])
+    """The newest stored state; process 0 reads it, and all get it."""
+    state = initial
+
+    def look() -> tuple[bool, History]:
+      nonlocal state
+      found = self.checkpoints.restore(initial, settings=self.settings) if self.checkpoints else None
+      state = initial if found is None else found.state
+      return found is not None, [] if found is None else found.extra["history"]
+
+    is_stored, history = processes.from_main(look)
+    return processes.broadcast(state) if is_stored else initial, history
 
   def save(self, step: int, state: DistillState[Student], history: History) -> None:
-    if self.checkpoints:
+    if self.checkpoints and processes.is_main():
       self.checkpoints.save(step, state, settings=self.settings, extra={"history": history})
 
-  @property
-  def stop_requested(self) -> bool:
-    return self.shutdown is not None and self.shutdown.requested
+  def stop_requested(self, at_a_wait: bool) -> bool:
+    """Whether to stop; several processes agree on it, and only where the host waits for the devices anyway."""
+    if self.shutdown is None or (processes.count() > 1 and not at_a_wait):
+      return False
+    return processes.any_stop(self.shutdown.requested)
 
   def stop(self) -> None:
     """Ends the run as the signal would have, now that the state is on disk."""
@@ -178,7 +191,7 @@ class _Store:
     assert self.checkpoints is not None
     if self.shutdown.exit_status == 128 + signal.SIGINT:
       raise KeyboardInterrupt(f"distillation stopped; its state is in {self.checkpoints.folder}")
-    raise SystemExit(self.shutdown.exit_status)
+    raise SystemExit(self.shutdown.exit_status or 128 + signal.SIGTERM)
 
   def last_good(self) -> str:
     steps = self.checkpoints.steps() if self.checkpoints else []
@@ -194,7 +207,7 @@ _NO_STORE = _Store()
 def _open_store(workdir: pathlib.Path, settings: dict[str, Any]) -> Iterator[_Store]:
   folder = workdir / "distillation"
   with (
-    lock_workdir(folder),
+    processes.lock(folder),
     Checkpoints(folder / "checkpoints") as checkpoints,
     graceful_shutdown() as shutdown,
   ):
@@ -217,16 +230,20 @@ class _Run:
   def finish(self, state: DistillState[Student], history: History, teacher: Any, images: Any) -> DistillState[Student]:
     """Runs the steps that are left; appends to `history`."""
     config, group, begin = self.config, self.group, int(state.step)
+    rows, weights = group.rows(config.batch_size), group.weights(config.batch_size)
+    weights = None if weights is None else group.place(weights)
     resident = images.nbytes * group.size <= config.resident_bytes
     source = group.replicate(images) if resident else np.asarray(images)
     teacher, state = group.replicate(teacher), group.replicate(state)
     step_fn = _compiled_step(group, config, resident)
     clock = time.perf_counter()
-    with tqdm.tqdm(total=config.steps, initial=begin, desc="distill", unit="step", disable=not self.progress) as bar:
+    shown = self.progress and processes.is_main()
+    with tqdm.tqdm(total=config.steps, initial=begin, desc="distill", unit="step", disable=not shown) as bar:
       for step in range(begin, config.steps):
         plan = self.plan(step)
-        batch = source if resident else group.shard(gather(source, plan))
-        state, metrics = step_fn(state, batch, group.shard(plan), teacher)
+        plan = plan if weights is None and group.local == group else take(plan, rows)
+        batch = source if resident else group.place(gather(source, plan))
+        state, metrics = step_fn(state, batch, group.place(plan), teacher, weights)
         done = step + 1
         bar.update()
         last = done == config.steps
@@ -238,7 +255,7 @@ class _Run:
           bar.set_postfix_str(_summary(row, speed))
           if self.callback is not None:
             self.callback(done, row, group.first(state).student)
-        stop = self.store.stop_requested
+        stop = self.store.stop_requested(done % config.log_every == 0 or last)
         if done % config.checkpoint_every == 0 or last or stop:
           self.check(state)
           self.store.save(done, group.first(state), history)
@@ -259,11 +276,12 @@ class _Run:
 
 @functools.lru_cache(maxsize=8)
 def _compiled_step(group: DeviceGroup, config: DistillConfig, resident: bool) -> Callable[..., Any]:
-  """`(state, source, plan, teacher) -> (state, metrics)`; kept, so a run with another seed need not compile."""
+  """`(state, source, plan, teacher, weights) -> (state, metrics)`; kept, so a run with another seed need not compile."""
 
-  def step(state: Any, source: Any, plan: Plan, teacher: Any, axis_name: str | None) -> Any:
+  def step(state: Any, source: Any, plan: Plan, teacher: Any, weights: Any, axis_name: str | None) -> Any:
     images, partners = gather(source, plan) if resident else source
-    return distill_step(state, assemble(images, partners, plan, config.augment), teacher, config, axis_name)
+    batch = assemble(images, partners, plan, config.augment)
+    return distill_step(state, batch, teacher, config, weights, axis_name=axis_name)
 
   return group.compile(step, donate=(0,))
 

@@ -28,7 +28,7 @@ def conv(
     size: side of the kernel, odd.
     name: the layer's name.
     stride: step, in pixels.
-    groups: channel groups; depthwise ones take the form that is fast on CPUs.
+    groups: channel groups.
     same: pad as TensorFlow's SAME, whose stride-2 layers pad less at the top left; otherwise size // 2 pixels on every
       side.
     bias: whether a bias is added.
@@ -43,7 +43,7 @@ def conv(
     feature_group_count=groups,
     use_bias=bias,
     kernel_init=_KERNEL_INIT,
-    conv_general_dilated=conv_general_dilated if groups > 1 else None,
+    conv_general_dilated=conv_general_dilated,
     name=name,
   )
 

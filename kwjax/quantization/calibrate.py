@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -13,11 +13,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kwjax import intercept
-from kwjax.errors import DataError, KwjaxError, NonFiniteError
+from kwjax.errors import DataError, Interrupted, KwjaxError, NonFiniteError
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.ranges import Interval, Ranges, RangeTable
 from kwjax.quantization.rules import QuantRules
 from kwjax.quantization.wrap import quantize_weights
+from kwjax.runtime import processes
+from kwjax.runtime.data import pad_batch
+from kwjax.runtime.parallel import DeviceGroup, device_group
 
 Augment = Callable[[Array, Array], Array]
 """`(key, images f32[b,h,w,c]) -> images` of the same shape."""
@@ -47,8 +50,12 @@ def recording_extremes(apply: ApplyFn, network: Network) -> ApplyFn:
   return wrapped
 
 
-@functools.partial(jax.jit, static_argnames="rules")
-def _extremes(network: Network, images: Array, rules: QuantRules | None) -> dict[str, Interval]:
+@functools.lru_cache(maxsize=16)
+def _compiled_extremes(group: DeviceGroup, rules: QuantRules | None) -> Callable[..., dict[str, Interval]]:
+  return group.compile(functools.partial(_extremes, rules=rules))
+
+
+def _extremes(network: Network, images: Array, rules: QuantRules | None, axis_name: str | None) -> dict[str, Interval]:
   apply = network.forward if rules is None else quantize_weights(network.forward, network, rules)
   _, mutated = recording_extremes(apply, network)(network.variables, images)
   found = {}
@@ -88,8 +95,12 @@ def observe_ranges(
   rules: QuantRules | None = None,
   batch_size: int = 64,
   progress: bool = False,
+  devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> RangeTable:
   """Lowest and highest input of every convolution and dense layer for every image, BatchNorm in evaluation mode.
+
+  Of several processes each forwards its share of the images, and all get the whole table.
 
   Args:
     network: the float network.
@@ -97,6 +108,8 @@ def observe_ranges(
     rules: quantize the weights by these rules first; default: float weights, and the table serves any rules.
     batch_size: images forwarded at a time; no influence on the result.
     progress: show a bar.
+    devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process).
+    should_stop: asked between batches.
 
   Returns:
     RangeTable, f32[n] a layer, in execution order.
@@ -104,21 +117,29 @@ def observe_ranges(
   Raises:
     DataError: there are no images, or they are unfit.
     NonFiniteError: a layer's input is NaN or infinite for some image.
+    Interrupted: `should_stop` said so, in any process.
   """
   check_images(network, images)
-  count = len(images)
-  batch_size = min(batch_size, count)
-  parts = []
-  for start in tqdm(range(0, count, batch_size), desc="calibration", unit="batch", disable=not progress):
-    batch = np.asarray(images[start : start + batch_size])
-    kept = len(batch)
-    # The last batch is filled up, so that only one shape is compiled.
-    batch = np.concatenate([batch, np.repeat(batch[-1:], batch_size - kept, axis=0)])
+  group, own = device_group(devices).local, processes.share(len(images))
+  size = group.padded(max(min(batch_size, len(own)), 1))
+  placed, forward = group.replicate(network), _compiled_extremes(group, rules)
+  starts = range(own.start, max(own.stop, own.start + 1), size)
+  parts, stopped = [], False
+  shown = progress and processes.is_main()
+  for start in tqdm(starts, desc="calibration", unit="batch", disable=not shown):
+    # The last batch is filled up, so that only one shape is compiled; a process without images forwards filling alone.
+    batch, _, valid = pad_batch(np.asarray(images[start : min(start + size, own.stop)]), None, size)
     with jax.default_matmul_precision("highest"):
-      found = _extremes(network, batch, rules)
-    parts.append({name: tuple(np.asarray(end)[:kept] for end in ends) for name, ends in found.items()})
+      found = group.unshard(forward(placed, group.shard(batch)))
+    parts.append({name: tuple(end[valid] for end in ends) for name, ends in found.items()})
+    stopped = processes.stop_is_known(should_stop())
+    if stopped:
+      break
+  if processes.any_stop(stopped):
+    raise Interrupted("stopped while observing activation ranges")
   names = [layer.name for layer in intercept.matmul_layers(network)]
   joined = {name: [np.concatenate(ends) for ends in zip(*(p[name] for p in parts), strict=True)] for name in names}
+  joined = {name: [processes.gather(end) for end in ends] for name, ends in joined.items()}
   for name in names:
     if not all(np.isfinite(end).all() for end in joined[name]):
       raise NonFiniteError(f"the input of layer {name} of {network.name} is NaN or infinite for some calibration image")
@@ -197,6 +218,7 @@ def calibrate(
   augment: Augment | None = None,
   observe: Literal["float", "weights"] = "float",
   progress: bool = False,
+  devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
 ) -> Ranges:
   r"""Activation range of every layer, one a tensor: the paper's calibration.
 
@@ -218,6 +240,7 @@ def calibrate(
     augment: `(key, images) -> images`, applied to every batch; every draw is then forwarded.
     observe: the network whose activations are observed: with "float" or with quantized "weights".
     progress: show a bar.
+    devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process).
 
   Returns:
     Ranges, `{layer: (lo f32[], hi f32[])}` in execution order.
@@ -235,14 +258,15 @@ def calibrate(
   rules.resolve(network)
   observed = rules if observe == "weights" else None
   if augment is None:
-    table = observe_ranges(network, images, rules=observed, progress=progress)
+    table = observe_ranges(network, images, rules=observed, progress=progress, devices=devices)
     return ranges_from(table, rules, key=key, steps=steps, batch_size=batch_size, chunk=chunk)
   check_images(network, images)
   index = draws(key, steps=steps, batch_size=batch_size, count=len(images))
   averages = []
-  for step in tqdm(range(steps), desc="calibration", unit="step", disable=not progress):
+  shown = progress and processes.is_main()
+  for step in tqdm(range(steps), desc="calibration", unit="step", disable=not shown):
     # The draw has used the step's own key.
     augment_key = jax.random.fold_in(jax.random.fold_in(key, step), 1)
     batch = augment(augment_key, jnp.asarray(images[index[step]]))
-    averages.append(_average(observe_ranges(network, batch, rules=observed), rules, chunk))
+    averages.append(_average(observe_ranges(network, batch, rules=observed, devices=devices), rules, chunk))
   return Ranges({layer: tuple(np.mean([a[layer] for a in averages], axis=0)) for layer in averages[0]})

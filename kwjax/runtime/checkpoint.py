@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import logging
+import os
 import pathlib
+import re
 import shutil
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +32,15 @@ from kwjax.runtime.files import (
   sha256_file,
   write_json,
 )
+from kwjax.runtime.leaves import (
+  check_template,
+  is_key,
+  like_template,
+  named_leaves,
+  sha256_array,
+  storage_key,
+  to_numpy,
+)
 
 __all__ = [
   "Checkpoints",
@@ -39,6 +54,9 @@ __all__ = [
 ]
 
 PyTree = Any
+
+# What the system says when a file cannot be written, which libraries quote in errors of their own.
+_SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class Restored(NamedTuple):
@@ -60,7 +78,8 @@ class Checkpoints:
   with. Saving blocks until the step is on disk: an asynchronous save gains little at these sizes, and after a full disk
   it has already dropped an older step.
 
-  Use as a context manager. One process writes a folder at a time (`kwjax.runtime.workdir.lock_workdir`).
+  Use as a context manager. One process writes a folder at a time (`kwjax.runtime.workdir.lock_workdir`); of several
+  processes of one run, each that keeps checkpoints has a folder of its own.
   """
 
   def __init__(self, folder: PathLike, *, keep: int = 2) -> None:
@@ -82,7 +101,17 @@ class Checkpoints:
         shutil.rmtree(entry)
     except OSError as error:
       raise CheckpointError(f"cannot keep checkpoints in {self.folder}: {error.strerror}") from error
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    # Without this, Orbax would wait for the other processes of the run at every call.
+    alone = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(),
+      active_processes={jax.process_index()},
+      barrier_sync_key_prefix=f"process-{jax.process_index()}",
+    )
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      enable_async_checkpointing=False,
+      **({"create": False, "multiprocessing_options": alone} if jax.process_count() > 1 else {}),
+    )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
 
   def __enter__(self) -> Checkpoints:
@@ -122,8 +151,8 @@ class Checkpoints:
       if step == latest:
         return False
       raise CheckpointError(f"cannot save step {step} in {self.folder}: step {latest} is stored already")
-    names, leaves = _named_leaves(state)
-    arrays = [_to_numpy(leaf) for leaf in leaves]
+    names, leaves = named_leaves(state)
+    arrays = [to_numpy(leaf) for leaf in leaves]
     body = {
       "settings": dict(settings),
       "extra": dict(extra or {}),
@@ -132,21 +161,22 @@ class Checkpoints:
           "name": name,
           "dtype": array.dtype.name,
           "shape": list(array.shape),
-          "sha256": _sha256(array),
-          "key": str(jax.random.key_impl(leaf)) if _is_key(leaf) else None,
+          "sha256": sha256_array(array),
+          "key": str(jax.random.key_impl(leaf)) if is_key(leaf) else None,
         }
         for name, leaf, array in zip(names, leaves, arrays)
       ],
     }
     text = canonical_json(body)
     # Orbax refuses arrays without elements; dtype and shape in the metadata say all there is to say about them.
-    stored = {_key(i): array for i, array in enumerate(arrays) if array.size}
+    stored = {storage_key(i): array for i, array in enumerate(arrays) if array.size}
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(stored or {"empty": np.zeros(1, np.int8)}),
       metadata=ocp.args.JsonSave({"body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}),
     )
     try:
-      self._manager.save(step, args=items, force=True)
+      with _without_log():
+        self._manager.save(step, args=items, force=True)
     # Orbax passes on what TensorStore, the file system and its own threads raise, without a common base class.
     except Exception as error:
       raise CheckpointError(
@@ -177,8 +207,8 @@ class Checkpoints:
       try:
         body = self._metadata(step)
         check_settings(f"checkpoint {self.folder / str(step)}", body["settings"], settings)
-        _check_template(body["leaves"], template, self.folder / str(step))
-        state = _like_template(self._arrays(step, body["leaves"]), body["leaves"], template)
+        check_template(body["leaves"], template, self.folder / str(step))
+        state = like_template(self._arrays(step, body["leaves"]), body["leaves"], template)
       except _Damaged as error:
         damaged.append((step, str(error)))
         continue
@@ -192,9 +222,29 @@ class Checkpoints:
       )
     return None
 
+  def intact_steps(self, template: PyTree, *, settings: Mapping[str, Any]) -> list[int]:
+    """The stored steps whose every byte is as it was saved, oldest first; arguments and errors as of `restore`."""
+    intact = []
+    for step in self.steps():
+      try:
+        body = self._metadata(step)
+        check_settings(f"checkpoint {self.folder / str(step)}", body["settings"], settings)
+        check_template(body["leaves"], template, self.folder / str(step))
+        self._arrays(step, body["leaves"])
+      except _Damaged:
+        continue
+      intact.append(step)
+    return intact
+
+  def forget_after(self, step: int) -> None:
+    """Removes every stored step above `step`: another process of the run lacks it, so the run goes on from before it."""
+    for later in [stored for stored in self.steps() if stored > step]:
+      self._manager.delete(later)
+
   def _metadata(self, step: int) -> dict[str, Any]:
     try:
-      found = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+      with _without_log():
+        found = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
       text, expected = found["body"], found["sha256"]
     # Whatever goes wrong while reading (lost file, bad JSON, missing key) means the same: this step is unusable.
     except Exception as error:
@@ -205,14 +255,15 @@ class Checkpoints:
 
   def _arrays(self, step: int, leaves: list[dict[str, Any]]) -> list[np.ndarray]:
     try:
-      found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+      with _without_log():
+        found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
     except Exception as error:
       raise _Damaged(f"state unreadable, {_first_line(error)}") from error
     arrays = []
     for i, leaf in enumerate(leaves):
       dtype = jnp.dtype(leaf["dtype"])
-      array = np.asarray(found[_key(i)]) if _key(i) in found else np.zeros(leaf["shape"], dtype)
-      if array.dtype != dtype or list(array.shape) != leaf["shape"] or _sha256(array) != leaf["sha256"]:
+      array = np.asarray(found[storage_key(i)]) if storage_key(i) in found else np.zeros(leaf["shape"], dtype)
+      if array.dtype != dtype or list(array.shape) != leaf["shape"] or sha256_array(array) != leaf["sha256"]:
         raise _Damaged(f"leaf {leaf['name']} does not have the SHA-256 it was saved with")
       arrays.append(array)
     return arrays
@@ -229,70 +280,32 @@ class Checkpoints:
     self._manager.reload()
 
 
-def _named_leaves(tree: PyTree) -> tuple[list[str], list[Any]]:
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return [jax.tree_util.keystr(path) or "(root)" for path, _ in flat], [leaf for _, leaf in flat]
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+  """Keeps Orbax's threads from writing their tracebacks to the terminal: what they raise is reported in one sentence."""
 
+  def drop(record: logging.LogRecord) -> bool:
+    return False
 
-def _is_key(leaf: Any) -> bool:
-  return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  def drop_late(unraisable: Any) -> None:
+    # What TensorStore still had under way comes back to an event loop that Orbax has closed.
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
 
-
-def _to_numpy(leaf: Any) -> np.ndarray:
-  # order="C" gives the checksum one byte order; ascontiguousarray would turn a scalar into a vector.
-  return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf, order="C")
-
-
-def _sha256(array: np.ndarray) -> str:
-  return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def _key(index: int) -> str:
-  return f"leaf_{index:05d}"
+  logger, hook = logging.getLogger("absl"), sys.unraisablehook
+  logger.addFilter(drop)
+  sys.unraisablehook = drop_late
+  try:
+    yield
+  finally:
+    sys.unraisablehook = hook
+    logger.removeFilter(drop)
 
 
 def _first_line(error: Exception) -> str:
-  return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-
-
-def _check_template(leaves: list[dict[str, Any]], template: PyTree, where: pathlib.Path) -> None:
-  names, wanted = _named_leaves(template)
-  stored = [leaf["name"] for leaf in leaves]
-  if stored != names:
-    extra, missing = sorted(set(stored) - set(names)), sorted(set(names) - set(stored))
-    raise CheckpointError(f"checkpoint {where} has another structure: lacks {missing}, has unknown {extra}")
-  for leaf, like in zip(leaves, wanted):
-    found, expected = _describe(leaf["dtype"], leaf["shape"], leaf["key"]), _describe_template(like)
-    if found != expected:
-      raise CheckpointError(f"checkpoint {where}, leaf {leaf['name']}: expected {expected}, found {found}")
-
-
-def _describe(dtype: str, shape: Sequence[int], key: str | None) -> str:
-  return f"{f'random key {key} of ' if key else ''}{dtype}{list(shape)}"
-
-
-def _describe_template(like: Any) -> str:
-  if _is_key(like):
-    # A ShapeDtypeStruct does not tell which implementation its dtype stands for; a key of that dtype does.
-    concrete = like if isinstance(like, jax.Array) else jnp.zeros((), like.dtype)
-    data = jax.eval_shape(jax.random.key_data, like)
-    return _describe(data.dtype.name, data.shape, str(jax.random.key_impl(concrete)))
-  array = like if hasattr(like, "dtype") else np.asarray(like)
-  return _describe(jnp.dtype(array.dtype).name, array.shape, None)
-
-
-def _like_template(arrays: list[np.ndarray], leaves: list[dict[str, Any]], template: PyTree) -> PyTree:
-  likes, structure = jax.tree_util.tree_flatten(template)
-  restored = [_like(array, leaf, like) for array, leaf, like in zip(arrays, leaves, likes)]
-  return jax.tree_util.tree_unflatten(structure, restored)
-
-
-def _like(array: np.ndarray, leaf: dict[str, Any], like: Any) -> Any:
-  if isinstance(like, (bool, int, float, complex)):
-    return type(like)(array.item())
-  if isinstance(like, (np.ndarray, np.generic)):
-    return array
-  if _is_key(like):
-    return jax.random.wrap_key_data(jnp.asarray(array), impl=leaf["key"])
-  sharding = getattr(like, "sharding", None)
-  return jax.device_put(array, sharding) if sharding is not None else jnp.asarray(array)
+  system = [os.strerror(code) for code in _SYSTEM_ERRORS if os.strerror(code) in str(error)]
+  if system or "RESOURCE_EXHAUSTED" in str(error):
+    return system[0] if system else os.strerror(errno.ENOSPC)
+  # TensorStore names every layer that the error went through, the cause last, and after it all its settings.
+  text = re.split(r" \[[a-z_]+=", (str(error).splitlines() or [""])[0])[0]
+  return f"{type(error).__name__}: {text if len(text) <= 300 else f'{text[:80]} ... {text[-220:]}'}"

@@ -20,9 +20,20 @@ from kwjax.errors import DataError
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _SPLITS = {"test": ("test",), "validation": ("validation", "val", "valid"), "train": ("train",)}
 _IDX_PREFIX = {"test": "t10k", "train": "train"}
-# What decoders raise for a damaged file: PIL OSError, SyntaxError (PNG), ValueError; zipfile BadZipFile, zlib.error
-# (an Exception of its own), EOFError and NotImplementedError for an unknown compression.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+# What decoders raise for a damaged or hostile file: PIL OSError, SyntaxError (PNG), ValueError and its error for images
+# of too many pixels; zipfile BadZipFile, zlib.error (an Exception of its own), EOFError, RuntimeError (a password, an
+# unknown compression); NumPy MemoryError for an array that claims to be huge.
+_UNREADABLE = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  zipfile.BadZipFile,
+  zlib.error,
+  RuntimeError,
+  MemoryError,
+  PIL.Image.DecompressionBombError,
+)
 
 Shape = tuple[int, int, int]
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kwjax.errors import DataError, NonFiniteError
-from kwjax.runtime.data import Batch, ImageData, checked_labels, pad_batch
+from kwjax.errors import DataError, Interrupted, NonFiniteError
+from kwjax.runtime import processes
+from kwjax.runtime.data import ImageData, checked_labels, pad_batch
+from kwjax.runtime.parallel import DeviceGroup, device_group
 
+Devices = int | Sequence[jax.Device] | DeviceGroup | None
 Images = np.ndarray | jax.Array | ImageData
 
 
@@ -51,7 +54,16 @@ class Agreement:
   count: int
 
 
-def evaluate(network: Classifier, images: Images, labels: Any = None, *, batch_size: int = 256) -> Accuracy:
+class Score(NamedTuple):
+  """What one pass over an image set says of a network; None where labels or reference logits were missing."""
+
+  accuracy: Accuracy | None
+  agreement: Agreement | None
+
+
+def evaluate(
+  network: Classifier, images: Images, labels: Any = None, *, batch_size: int = 256, devices: Devices = None
+) -> Accuracy:
   """Top-1 and top-5 accuracy. Of equal logits the lower class comes first, as in argmax.
 
   Args:
@@ -59,6 +71,7 @@ def evaluate(network: Classifier, images: Images, labels: Any = None, *, batch_s
     images: `ImageData`, or f32[n,h,w,c] in [0, 1].
     labels: i[n], each below the number of logits; None takes those of `ImageData`.
     batch_size: images a forward pass; the last batch is filled up and the filling is not counted.
+    devices: see `predict`.
 
   Returns:
     `Accuracy`; `top5` is None where there are at most five classes, since it would be 1.
@@ -67,22 +80,16 @@ def evaluate(network: Classifier, images: Images, labels: Any = None, *, batch_s
     DataError: no images, no labels, or labels that do not fit.
     NonFiniteError: the network returns NaN or infinite logits.
   """
-  if labels is None and isinstance(images, ImageData):
-    labels = images.labels
-  if labels is None:
+  if labels is None and not (isinstance(images, ImageData) and images.labels is not None):
     raise DataError("evaluation needs labels, and these images have none")
-  classes, right1, right5 = 0, 0, 0
-  wanted = checked_labels(np.asarray(labels), len(images), None, "evaluation")
-  for pixels, real_labels, valid in _batches(images, wanted, batch_size):
-    logits, hits1, hits5 = _count_hits(network, pixels, real_labels, valid)
-    classes = _check(logits, valid, network)
-    checked_labels(real_labels, len(valid), classes, "evaluation")
-    right1, right5 = right1 + int(hits1), right5 + int(hits5)
-  count = len(images)
-  return Accuracy(right1 / count, right5 / count if classes > 5 else None, count)
+  accuracy = score(network, images, labels, batch_size=batch_size, devices=devices).accuracy
+  assert accuracy is not None
+  return accuracy
 
 
-def agreement(network: Classifier, reference: Classifier, images: Images, *, batch_size: int = 256) -> Agreement:
+def agreement(
+  network: Classifier, reference: Classifier, images: Images, *, batch_size: int = 256, devices: Devices = None
+) -> Agreement:
   """Compares a network with a reference on the same images; no labels are needed.
 
   Args:
@@ -90,6 +97,7 @@ def agreement(network: Classifier, reference: Classifier, images: Images, *, bat
     reference: the network it should behave like; same number of logits.
     images: `ImageData`, or f32[n,h,w,c].
     batch_size: images a forward pass.
+    devices: see `predict`.
 
   Returns:
     `Agreement`.
@@ -98,20 +106,125 @@ def agreement(network: Classifier, reference: Classifier, images: Images, *, bat
     DataError: no images.
     NonFiniteError: one of the networks returns NaN or infinite logits.
   """
-  same, divergence, signal, noise = 0, 0.0, 0.0, 0.0
-  for pixels, _, valid in _batches(images, None, batch_size):
-    logits, expected, sums = _compare(network, reference, pixels, valid)
-    _check(logits, valid, network)
-    _check(expected, valid, reference)
-    # Sums of a batch in float32 lose nothing that matters; those of a whole set could.
-    same += int(sums[0])
-    divergence, signal, noise = divergence + float(sums[1]), signal + float(sums[2]), noise + float(sums[3])
-  count = len(images)
-  if noise == 0:
-    ratio = math.inf
-  else:
-    ratio = 10 * math.log10(signal / noise) if signal > 0 else -math.inf
-  return Agreement(same / count, divergence / count, ratio, count)
+  expected = predict(reference, images, batch_size=batch_size, devices=devices)
+  found = score(network, images, reference_logits=expected, batch_size=batch_size, devices=devices).agreement
+  assert found is not None
+  return found
+
+
+def score(
+  network: Classifier,
+  images: Images,
+  labels: Any = None,
+  reference_logits: np.ndarray | None = None,
+  *,
+  batch_size: int = 256,
+  devices: Devices = None,
+  should_stop: Callable[[], bool] = lambda: False,
+) -> Score:
+  """Accuracy and agreement of a network in one pass over the images.
+
+  Args:
+    network: the network to judge.
+    images: `ImageData`, or f32[n,h,w,c] in [0, 1].
+    labels: i[n]; None takes those of `ImageData`, if it has any.
+    reference_logits: what `predict` returned for the network to agree with and the same images, or None.
+    batch_size: images a forward pass.
+    devices: see `predict`.
+    should_stop: see `predict`.
+
+  Returns:
+    `Score`, over the images of all processes.
+
+  Raises:
+    DataError: no images, or labels that do not fit.
+    NonFiniteError: the network returns NaN or infinite logits.
+    Interrupted: `should_stop` said so.
+  """
+  if labels is None and isinstance(images, ImageData):
+    labels = images.labels
+  wanted = None if labels is None else checked_labels(np.asarray(labels), len(images), None, "evaluation")
+  logits = predict(network, images, batch_size=batch_size, devices=devices, should_stop=should_stop)
+  return score_logits(logits, len(images), wanted, reference_logits)
+
+
+def score_logits(
+  logits: np.ndarray, count: int, labels: np.ndarray | None = None, reference_logits: np.ndarray | None = None
+) -> Score:
+  """As `score`, from logits that are there already.
+
+  Args:
+    logits: what `predict` returned for `count` images.
+    count: images of all processes.
+    labels: i[count], or None.
+    reference_logits: what `predict` returned for the reference and the same images, or None.
+  """
+  own = processes.share(count)
+  accuracy, agreed = None, None
+  if labels is not None:
+    wanted = np.asarray(checked_labels(labels, count, logits.shape[1], "evaluation"))
+    hits = _total(_hits(logits, wanted[own.start : own.stop]))
+    accuracy = Accuracy(hits[0] / count, hits[1] / count if logits.shape[1] > 5 else None, count)
+  if reference_logits is not None:
+    same, divergence, signal, noise = _total(_differences(logits, reference_logits))
+    if noise == 0:
+      ratio = math.inf
+    else:
+      ratio = 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    agreed = Agreement(same / count, divergence / count, ratio, count)
+  return Score(accuracy, agreed)
+
+
+def predict(
+  network: Classifier,
+  images: Images,
+  *,
+  batch_size: int = 256,
+  devices: Devices = None,
+  should_stop: Callable[[], bool] = lambda: False,
+) -> np.ndarray:
+  """Logits of images, on the host; of several processes each forwards and gets its own contiguous share of the images.
+
+  Args:
+    network: what to forward.
+    images: `ImageData`, or f32[n,h,w,c] in [0, 1].
+    batch_size: images a forward pass; the last batch is filled up, and so is one that does not divide over the devices.
+    devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process).
+    should_stop: asked between batches.
+
+  Returns:
+    f32[n,k]; of several processes the rows `kwjax.runtime.processes.share(n)`.
+
+  Raises:
+    DataError: no images.
+    NonFiniteError: the network returns NaN or infinite logits.
+    Interrupted: `should_stop` said so, in any process.
+  """
+  if not len(images) or batch_size < 1:
+    raise DataError(f"expected at least one image and batch_size >= 1, got {len(images)} and {batch_size}")
+  group, own = device_group(devices).local, processes.share(len(images))
+  size = group.padded(max(min(batch_size, len(own)), 1))
+  placed, forward = group.replicate(network), _compiled_forward(group)
+  parts: list[np.ndarray] = []
+  bad, stopped = 0, False
+  # A process without images still learns the number of classes from a batch of filling.
+  for first in range(own.start, max(own.stop, own.start + 1), size):
+    pixels, _, valid = pad_batch(_read(images, first, min(first + size, own.stop)), None, size)
+    logits = group.unshard(forward(placed, group.shard(pixels))).astype(np.float32)[valid]
+    parts.append(logits)
+    # A NaN compares as false with everything and would otherwise count as a hit.
+    bad = int((~np.isfinite(logits).all(axis=-1)).sum())
+    stopped = processes.stop_is_known(should_stop())
+    if bad or stopped:
+      break
+  reports = processes.exchange([bad, len(parts[-1]), stopped])
+  for found, seen, _ in reports:
+    if found:
+      name = getattr(network, "name", type(network).__name__)
+      raise NonFiniteError(f"{name} returns NaN or infinite logits for {found} of {seen} images")
+  if processes.any_stop(any(report[2] for report in reports)):
+    raise Interrupted("stopped while forwarding images")
+  return np.concatenate(parts)
 
 
 def wilson_interval(successes: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -140,56 +253,48 @@ def wilson_interval(successes: float, count: int, confidence: float = 0.95) -> t
   return max(0.0, (centre - spread) / factor), min(1.0, (centre + spread) / factor)
 
 
-def _batches(images: Images, labels: np.ndarray | None, batch_size: int) -> Iterator[Batch]:
-  """Batches of one size, so that one compilation serves all; a small set is not blown up to `batch_size`."""
-  count = len(images)
-  if not count or batch_size < 1:
-    raise DataError(f"expected at least one image and batch_size >= 1, got {count} and {batch_size}")
-  size = min(batch_size, count)
-  for first in range(0, count, size):
-    last = min(first + size, count)
-    if isinstance(images, ImageData):
-      pixels = images.read(np.arange(first, last))
-    else:
-      pixels = np.asarray(images[first:last], np.float32)
-    yield pad_batch(pixels, None if labels is None else labels[first:last], size)
+def _read(images: Images, first: int, last: int) -> np.ndarray:
+  """Images first..last-1 as f32[n,h,w,c]; a set that is read from disk is read here only."""
+  if isinstance(images, ImageData):
+    return images.read(np.arange(first, last))
+  return np.asarray(images[first:last], np.float32)
 
 
-def _check(logits: jax.Array, valid: np.ndarray, network: Classifier) -> int:
-  """Number of classes; a NaN compares as false with everything and would otherwise count as a hit."""
-  bad = ~np.isfinite(np.asarray(logits, np.float32)[valid]).all(axis=-1)
-  if bad.any():
-    name = getattr(network, "name", type(network).__name__)
-    raise NonFiniteError(f"{name} returns NaN or infinite logits for {int(bad.sum())} of {int(valid.sum())} images")
-  return logits.shape[-1]
-
-
-@jax.jit
-def _count_hits(
-  network: Classifier, images: jax.Array, labels: jax.Array, valid: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  logits = network.apply(images)
-  own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-  lower = jnp.arange(logits.shape[-1]) < labels[:, None]
+def _hits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """Whether the label is the first, and among the first five, of each image's logits: bool[n,2]."""
+  own = np.take_along_axis(logits, labels[:, None].astype(np.int64), axis=1)
+  lower = np.arange(logits.shape[1]) < labels[:, None]
   # Quantised networks do produce equal logits; the rank counts those of lower classes as before.
-  rank = jnp.sum((logits > own) | ((logits == own) & lower), axis=-1)
-  return logits, jnp.sum(valid & (rank < 1)), jnp.sum(valid & (rank < 5))
+  rank = np.sum((logits > own) | ((logits == own) & lower), axis=1)
+  return np.stack([rank < 1, rank < 5], axis=1)
 
 
-@jax.jit
-def _compare(
-  network: Classifier, reference: Classifier, images: jax.Array, valid: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  logits = network.apply(images).astype(jnp.float32)
-  expected = reference.apply(images).astype(jnp.float32)
-  log_p, log_q = jax.nn.log_softmax(expected), jax.nn.log_softmax(logits)
-  rows = jnp.stack(
-    [
-      (jnp.argmax(logits, -1) == jnp.argmax(expected, -1)).astype(jnp.float32),
-      jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1),
-      jnp.sum(expected**2, -1),
-      jnp.sum((expected - logits) ** 2, -1),
-    ]
+def _differences(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
+  """Same first class, KL(reference || network), squared reference and squared difference of each image: f64[n,4]."""
+  found, expected = logits.astype(np.float64), reference.astype(np.float64)
+  log_p, log_q = _log_softmax(expected), _log_softmax(found)
+  columns = (
+    found.argmax(1) == expected.argmax(1),
+    np.sum(np.exp(log_p) * (log_p - log_q), axis=1),
+    np.sum(expected**2, axis=1),
+    np.sum((expected - found) ** 2, axis=1),
   )
-  # where, not a product: what a network makes of the black filling may be NaN.
-  return logits, expected, jnp.sum(jnp.where(valid, rows, 0), axis=-1)
+  return np.stack(columns, axis=1).astype(np.float64)
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+  shifted = x - x.max(axis=1, keepdims=True)
+  return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def _total(rows: np.ndarray) -> list[float]:
+  """Column sums over the rows of all processes."""
+  return [math.fsum(column) for column in zip(*processes.exchange(rows.sum(axis=0).tolist()), strict=True)]
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_forward(group: DeviceGroup) -> Callable[..., jax.Array]:
+  def forward(network: Classifier, images: jax.Array, axis_name: str | None) -> jax.Array:
+    return network.apply(images)
+
+  return group.compile(forward)

@@ -17,6 +17,9 @@ from kwjax.errors import CheckpointError, KwjaxError
 
 PathLike = str | os.PathLike[str]
 
+SEAL = "sha256"
+"""Key of a JSON file under which it holds the checksum of its other keys."""
+
 
 def atomic_write(path: PathLike, data: bytes) -> pathlib.Path:
   """Writes `data` to `path` so that a reader, or a crash at any moment, sees the old file or the new one, never a part.
@@ -99,6 +102,41 @@ def read_json(path: PathLike) -> Any:
     raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
   except ValueError as error:
     raise CheckpointError(f"{path} is not valid JSON, so it is damaged: {error}") from error
+
+
+def write_sealed_json(path: PathLike, content: Mapping[str, Any]) -> pathlib.Path:
+  """Writes a mapping as `write_json` does, with one key more, `sha256`, that `read_sealed_json` checks.
+
+  sha256 = SHA-256 of `canonical_json(content)`, so white space and the order of keys do not matter.
+
+  Args:
+    path: the file to write.
+    content: as for `write_json`, with text as keys and without a key `sha256`.
+
+  Raises:
+    KwjaxError: the file cannot be written.
+    ValueError: a number is NaN or infinite.
+    TypeError: a value has no JSON form.
+  """
+  return write_json(path, {**content, SEAL: seal(content)})
+
+
+def read_sealed_json(path: PathLike) -> dict[str, Any]:
+  """The content that `write_sealed_json` wrote, without its checksum.
+
+  Raises:
+    CheckpointError: the file is missing or unreadable, is not a JSON mapping, or its content does not have the checksum
+      that it states.
+  """
+  content = read_json(path)
+  if not isinstance(content, dict) or content.pop(SEAL, None) != seal(content):
+    raise CheckpointError(f"{path} is damaged or was edited: its content does not have the checksum it states")
+  return content
+
+
+def seal(content: Mapping[str, Any]) -> str:
+  """SHA-256 of the canonical JSON of a mapping, as it reads after a round trip through a file."""
+  return hashlib.sha256(canonical_json(json.loads(canonical_json(content))).encode()).hexdigest()
 
 
 def settings_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,11 @@
-"""One step function for one device and for many: placement, `jax.pmap`, and differentiation under it.
+"""One step function for one device and for many: placement, mapping over devices, and differentiation under it.
 
 The whole program differentiates through collectives in this file alone, because the rule differs with what the gradient is of:
 
-- Under `jax.pmap` the transpose of `pmean` sums the cotangents of all devices. A loss made of pmeaned statistics is computed
-  by each of D devices, so the gradient of a device's own images comes out D times too large; dividing the loss by D mends it.
+- Under the map the transpose of `pmean` sums the cotangents of all devices. A loss made of pmeaned statistics is computed by
+  each of D devices, so the gradient of a device's own images comes out D times too large; dividing the loss by D mends it.
+  The map is what `jax.pmap` is made of, `jax.shard_map` without its check of replication: `jax.pmap` itself copies
+  donated arguments in a run of several processes.
 - For weights that every device holds a copy of, each device's gradient is its share of the sum: averaging loss and gradients
   is right.
 
@@ -31,9 +33,47 @@ PyTree = Any
 LossFn = Callable[..., tuple[jax.Array, PyTree]]
 
 
-def mean(tree: PyTree, axis_name: str | None) -> PyTree:
-  """Average a pytree over devices; the identity without an axis."""
-  return tree if axis_name is None else lax.pmean(tree, axis_name)
+def mean(tree: PyTree, axis_name: str | None, share: jax.Array | None = None) -> PyTree:
+  """Average a pytree over devices; the identity without an axis.
+
+  Args:
+    tree: this device's averages over its own images.
+    axis_name: mapped axis, or None on one device.
+    share: f32[], of `weight_share`, where the images of the devices have weights; None: every device counts the same.
+  """
+  if axis_name is None:
+    return tree
+  if share is None:
+    return lax.pmean(tree, axis_name)
+  return lax.psum(jax.tree.map(lambda leaf: share * leaf, tree), axis_name)
+
+
+def weight_share(weights: jax.Array | None, axis_name: str | None) -> jax.Array | None:
+  """Share f32[] of all images' weight that lies on this device: sum(w) here / sum(w) over all devices; None without weights.
+
+  Args:
+    weights: f32[b] of this device's images, 1 for one that counts and 0 for padding, or None.
+    axis_name: mapped axis, or None on one device.
+  """
+  if weights is None or axis_name is None:
+    return None
+  here = jnp.sum(weights)
+  everywhere = lax.psum(here, axis_name)
+  return here / jnp.where(everywhere > 0.0, everywhere, 1.0)
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+  """sum_i w_i mean(values_i) / sum_i w_i over this device's images; f32[], zero where all weights are.
+
+  Args:
+    values: [b, ...], finite also where the weight is zero.
+    weights: f32[b], or None: the plain mean.
+  """
+  if weights is None:
+    return jnp.mean(values)
+  by_image = jnp.mean(jnp.asarray(values, jnp.float32), tuple(range(1, values.ndim)))
+  total = jnp.sum(weights)
+  return jnp.sum(weights * by_image) / jnp.where(total > 0.0, total, 1.0)
 
 
 def value_and_grad_of_shard(
@@ -91,13 +131,17 @@ def value_and_grad_of_copy(
 
 @dataclasses.dataclass(frozen=True)
 class DeviceGroup:
-  """The devices a step runs on. Always: with more than one, every array carries a leading axis of one entry a device."""
+  """The devices a step runs on, those of one process next to one another, in the order of the processes.
+
+  Always: with more than one, every placed array carries a leading axis of one entry a device. A process hands in and gets
+  back its own entries only, its rows of a batch.
+  """
 
   devices: tuple[jax.Device, ...]
 
   @property
   def size(self) -> int:
-    """Number of devices."""
+    """Number of devices, of all processes."""
     return len(self.devices)
 
   @property
@@ -105,8 +149,17 @@ class DeviceGroup:
     """Axis over which steps average, None on one device."""
     return AXIS if self.size > 1 else None
 
+  @property
+  def local(self) -> DeviceGroup:
+    """Those of this process, for work that needs no other process."""
+    return self if self._spans_one_process else DeviceGroup(tuple(d for d in self.devices if _is_local(d)))
+
+  @property
+  def _spans_one_process(self) -> bool:
+    return all(_is_local(device) for device in self.devices)
+
   def compile(self, step: Callable[..., Any], *, donate: Sequence[int] = ()) -> Callable[..., Any]:
-    """`step(*args, axis_name)` jitted on one device or pmapped over several.
+    """`step(*args, axis_name)` jitted on one device or mapped over several.
 
     Args:
       step: pure function; all outputs are per device (a replicated one is equal on each).
@@ -115,66 +168,145 @@ class DeviceGroup:
     mapped = functools.partial(step, axis_name=self.axis_name)
     if self.size == 1:
       return jax.jit(mapped, donate_argnums=tuple(donate))
-    return jax.pmap(mapped, axis_name=AXIS, devices=list(self.devices), donate_argnums=tuple(donate))
+
+    def on_one_device(*args: Any) -> Any:
+      return _with_axis(mapped(*_without_axis(args)))
+
+    spread = PartitionSpec(AXIS)
+    sharded = jax.shard_map(on_one_device, mesh=self._mesh, in_specs=spread, out_specs=spread, check_vma=False)
+    return jax.jit(sharded, donate_argnums=tuple(donate))
+
+  def padded(self, size: int) -> int:
+    """The least multiple of the number of devices that holds a batch of `size`."""
+    return -(-size // self.size) * self.size
+
+  def rows(self, size: int) -> range:
+    """Which rows of a batch of `size`, padded to a multiple of the number of devices, this process holds."""
+    each = self.padded(size) // self.size
+    own = [i for i, device in enumerate(self.devices) if _is_local(device)]
+    return range(own[0] * each, (own[-1] + 1) * each)
+
+  def weights(self, size: int) -> np.ndarray | None:
+    """f32[rows of this process] of a batch of `size`: 1 for an image, 0 for padding; None where nothing is padded."""
+    if size == self.padded(size):
+      return None
+    return (np.asarray(self.rows(size)) < size).astype(np.float32)
+
+  def place(self, tree: PyTree) -> PyTree:
+    """Put rows of this process onto its devices: [rows, ...] -> [D, b / D, ...], or as they are on one device.
+
+    Raises:
+      KwjaxError: they do not divide over the devices.
+    """
+    if self.size == 1:
+      return jax.device_put(tree, self.devices[0])
+    return jax.tree.map(self._split, tree)
 
   def shard(self, tree: PyTree) -> PyTree:
-    """Split the leading axis over the devices: [b, ...] -> [D, b / D, ...].
+    """Split the leading axis of a batch that each process holds as a whole: [b, ...] -> [D, b / D, ...].
 
     Raises:
       KwjaxError: the leading axis is not a multiple of the number of devices.
     """
-    if self.size == 1:
-      return jax.device_put(tree, self.devices[0])
+    if self._spans_one_process:
+      return self.place(tree)
 
-    def split(leaf: Any) -> jax.Array:
-      if leaf.shape[0] % self.size:
-        raise KwjaxError(f"a batch of {leaf.shape[0]} does not divide over {self.size} devices")
-      return jax.device_put(leaf.reshape(self.size, -1, *leaf.shape[1:]), self._sharding())
+    def own(leaf: Any) -> Any:
+      self._check(leaf.shape[0], self.size)
+      rows = self.rows(leaf.shape[0])
+      return leaf[rows.start : rows.stop]
 
-    return jax.tree.map(split, tree)
+    return self.place(jax.tree.map(own, tree))
 
   def replicate(self, tree: PyTree) -> PyTree:
     """Give each device a copy: [...] -> [D, ...]."""
     if self.size == 1:
       return jax.device_put(tree, self.devices[0])
-    return jax.tree.map(lambda leaf: jax.device_put(jnp.stack([leaf] * self.size), self._sharding()), tree)
+    return jax.tree.map(lambda leaf: self._joined([leaf[None]] * len(self._own)), tree)
 
   def unshard(self, tree: PyTree) -> PyTree:
-    """Undo `shard`: [D, b / D, ...] -> [b, ...] on the host."""
+    """Undo `place`: [D, b / D, ...] -> [rows, ...] on the host, this process's rows."""
     if self.size == 1:
       return jax.tree.map(np.asarray, tree)
-    return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), tree)
+    return jax.tree.map(lambda leaf: np.concatenate([np.asarray(part)[0] for part in _own_parts(leaf)]), tree)
 
   def first(self, tree: PyTree) -> PyTree:
-    """Undo `replicate`: the first device's copy."""
-    return tree if self.size == 1 else jax.tree.map(lambda leaf: leaf[0], tree)
+    """Undo `replicate`: the copy on this process's first device."""
+    return tree if self.size == 1 else jax.tree.map(lambda leaf: _own_parts(leaf)[0][0], tree)
 
-  def _sharding(self) -> NamedSharding:
-    return NamedSharding(Mesh(np.asarray(self.devices), (AXIS,)), PartitionSpec(AXIS))
+  @property
+  def _own(self) -> list[jax.Device]:
+    return [device for device in self.devices if _is_local(device)]
+
+  @property
+  def _mesh(self) -> Mesh:
+    return Mesh(np.asarray(self.devices), (AXIS,))
+
+  def _check(self, rows: int, devices: int) -> None:
+    if rows % devices:
+      raise KwjaxError(f"a batch of {rows} does not divide over {devices} devices")
+
+  def _split(self, leaf: Any) -> jax.Array:
+    own = len(self._own)
+    self._check(leaf.shape[0], own)
+    each = leaf.shape[0] // own
+    return self._joined([leaf[None, i * each : (i + 1) * each] for i in range(own)])
+
+  def _joined(self, parts: Sequence[Any]) -> jax.Array:
+    """One array of all devices from this process's parts [1, ...], none of which passes through another device."""
+    placed = [jax.device_put(part, device) for part, device in zip(parts, self._own, strict=True)]
+    sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
+    return jax.make_array_from_single_device_arrays((self.size, *placed[0].shape[1:]), sharding, placed)
+
+
+def _is_local(device: jax.Device) -> bool:
+  return device.process_index == jax.process_index()
+
+
+def _own_parts(leaf: jax.Array) -> list[jax.Array]:
+  """What this process's devices hold, each [1, ...], in the order of the devices."""
+  shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+  return [shard.data for shard in shards]
+
+
+def _without_axis(tree: PyTree) -> PyTree:
+  return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _with_axis(tree: PyTree) -> PyTree:
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
 
 
 def device_group(devices: int | Sequence[jax.Device] | DeviceGroup | None = None) -> DeviceGroup:
   """The devices to run on.
 
   Args:
-    devices: a number of local devices, the devices themselves, or None: all local accelerators, or one CPU.
+    devices: a number of devices of each process, the devices themselves, or None: all accelerators, or one CPU a process.
 
   Raises:
-    KwjaxError: more devices are asked for than there are.
+    KwjaxError: more devices are asked for than there are, or this process has none of the devices.
   """
   if isinstance(devices, DeviceGroup):
     return devices
-  local = jax.local_devices()
-  if devices is None:
-    return DeviceGroup(tuple(local) if local[0].platform != "cpu" else (local[0],))
-  if not isinstance(devices, int):
-    return DeviceGroup(tuple(devices))
-  if not 1 <= devices <= len(local):
+  if devices is not None and not isinstance(devices, int):
+    group = DeviceGroup(tuple(sorted(devices, key=lambda device: device.process_index)))
+    if not group._own:
+      raise KwjaxError(f"none of the {group.size} devices belongs to this process")
+    return group
+  by_process = [
+    [device for device in jax.devices() if device.process_index == index] for index in range(jax.process_count())
+  ]
+  local = by_process[jax.process_index()]
+  is_cpu = local[0].platform == "cpu"
+  wanted = devices if devices is not None else 1 if is_cpu else max(map(len, by_process))
+  # Of the processes the poorest decides, so that all of them refuse.
+  fewest = min(map(len, by_process))
+  if devices is not None and not 1 <= devices <= fewest:
     hint = ""
-    if local[0].platform == "cpu":
+    if is_cpu:
       hint = f"; for CPU devices set XLA_FLAGS=--xla_force_host_platform_device_count={max(devices, 1)} first"
-    raise KwjaxError(f"{devices} devices were asked for, {len(local)} {local[0].platform} device(s) are here{hint}")
-  return DeviceGroup(tuple(local[:devices]))
+    raise KwjaxError(f"{devices} devices were asked for, {fewest} {local[0].platform} device(s) are here{hint}")
+  return DeviceGroup(tuple(device for own in by_process for device in own[:wanted]))
 
 
 def axis_offset(local_size: int, axis_name: str | None) -> jax.Array | int:

@@ -41,7 +41,8 @@ def lock_workdir(folder: PathLike) -> Iterator[pathlib.Path]:
     # Opened without truncation: the text inside names the owner for whoever is refused.
     descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
   except OSError as error:
-    raise KwjaxError(f"cannot use {folder} as working folder: {error.strerror}") from error
+    reason = "it is a file" if folder.is_file() else error.strerror
+    raise KwjaxError(f"cannot use {folder} as working folder: {reason}") from error
   try:
     _take(descriptor, folder)
     os.ftruncate(descriptor, 0)

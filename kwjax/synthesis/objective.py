@@ -28,10 +28,11 @@ class Evidence(NamedTuple):
     views: f32[v,h,w,c], what the network saw.
     normalized: f32[v,h,w,c], (views - input_mean) / input_std.
     logits: f32[v,k].
-    labels: i32[v], target classes.
+    labels: i32[v], target classes; valid ones, of padding too.
     reference: `{layer: Moments}` the network was trained with.
     measured: `{layer: Moments}` of the views, over all devices.
     axis_name: mapped axis of the devices, for terms that are no mean over images.
+    weights: f32[v] of the views, 1 where a view counts and 0 where it is padding, or None: all count.
   """
 
   images: Array
@@ -42,6 +43,12 @@ class Evidence(NamedTuple):
   reference: Mapping[str, Moments]
   measured: Mapping[str, Moments]
   axis_name: str | None = None
+  weights: Array | None = None
+
+  @property
+  def image_weights(self) -> Array | None:
+    """f32[b]: the views of one image are neighbours and have its weight."""
+    return None if self.weights is None else self.weights[:: self.views.shape[0] // self.images.shape[0]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,9 @@ class Objective:
     smoothness_size: side of the smoothing kernel in pixels, odd.
     smoothness_sigma: its standard deviation in pixels.
     monitor: terms of weight zero to compute and report all the same.
-    extra: terms of your own, `(name, weight, function of Evidence -> f32[])`; over devices the mean is taken.
+    extra: terms of your own, `(name, weight, function of Evidence -> f32[])`. Over devices the mean is taken; where images
+      have weights, the average of the devices' values by the sums of their `Evidence.weights`. So a mean over images
+      should be `parallel.weighted_mean(values, evidence.weights)`, and finite on a device that holds padding alone.
   """
 
   bns: float = 1.0
@@ -115,12 +124,22 @@ def layer_divergences(evidence: Evidence, objective: Objective) -> dict[str, Arr
   )
 
 
-def inception_loss(logits: Array, labels: Array, *, scale: float = 10.0) -> Array:
-  """mean_i exp(-logits[i, y_i] / scale), Eq. (6): pulls each image to its class; logits f32[b,k], labels i32[b] -> f32[].
+def inception_loss(logits: Array, labels: Array, *, scale: float = 10.0, weights: Array | None = None) -> Array:
+  """mean_i exp(-logits[i, y_i] / scale), Eq. (6): pulls each image to its class.
+
+  Args:
+    logits: f32[b,k].
+    labels: i32[b], in 0 .. k-1.
+    scale: divisor under the logit.
+    weights: f32[b] for a weighted mean, or None.
+
+  Returns:
+    f32[].
 
   Source: Haroush et al. (2020), section 3.3; the divisor is not given there.
   """
-  return jnp.mean(jnp.exp(-jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0] / scale))
+  losses = jnp.exp(-jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0] / scale)
+  return parallel.weighted_mean(losses, weights)
 
 
 @functools.cache
@@ -131,8 +150,10 @@ def gaussian_kernel(size: int, sigma: float) -> np.ndarray:
   return (kernel / kernel.sum()).astype(np.float32)
 
 
-def smoothness_prior(images: Array, *, size: int = 5, sigma: float = 1.0) -> Array:
-  """MSE(X, G * X): how much a Gaussian blur changes images f32[b,h,w,c]; f32[]. Reflect padding, full gradient.
+def smoothness_prior(images: Array, *, size: int = 5, sigma: float = 1.0, weights: Array | None = None) -> Array:
+  """MSE(X, G * X): how much a Gaussian blur changes images f32[b,h,w,c], of weights f32[b]; f32[].
+
+  Reflect padding, full gradient.
 
   The blur is two passes of shifted sums: separable, and free of the slow depthwise convolution of CPUs.
 
@@ -147,13 +168,14 @@ def smoothness_prior(images: Array, *, size: int = 5, sigma: float = 1.0) -> Arr
     padded = jnp.pad(blurred, pads, mode="reflect")
     shifted = (lax.slice_in_dim(padded, i, i + images.shape[axis], axis=axis) for i in range(size))
     blurred = functools.reduce(jnp.add, (float(k) * s for k, s in zip(kernel, shifted, strict=True)))
-  return jnp.mean(jnp.square(images - blurred))
+  return parallel.weighted_mean(jnp.square(images - blurred), weights)
 
 
-def total_variation(x: Array, *, axis_name: str | None = None) -> Array:
+def total_variation(x: Array, *, axis_name: str | None = None, weights: Array | None = None) -> Array:
   """Sum over the directions right, down and both diagonals of ||neighbour difference||_F over a batch f32[b,h,w,c]; f32[].
 
   The norm is over the whole batch and all devices, not a mean over images: it grows with the root of the batch size.
+  Weights f32[b] multiply the squared differences of an image: padding, of weight zero, adds nothing to the norm.
 
   Source: Yin et al. (2020), DeepInversion.
   """
@@ -163,7 +185,8 @@ def total_variation(x: Array, *, axis_name: str | None = None) -> Array:
     x[:, 1:, 1:] - x[:, :-1, :-1],
     x[:, 1:, :-1] - x[:, :-1, 1:],
   )
-  squares = jnp.stack([jnp.sum(jnp.square(d)) for d in differences])
+  w = None if weights is None else weights[:, None, None, None]
+  squares = jnp.stack([jnp.sum(jnp.square(d) if w is None else w * jnp.square(d)) for d in differences])
   if axis_name is not None:
     squares = lax.psum(squares, axis_name)
   # The gradient of a norm at zero is NaN; the tiny constant makes it zero.
@@ -178,25 +201,31 @@ def _bns(evidence: Evidence, objective: Objective) -> Array:
 
 
 def _cross_entropy(evidence: Evidence, objective: Objective) -> Array:
-  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(evidence.logits, evidence.labels))
+  losses = optax.softmax_cross_entropy_with_integer_labels(evidence.logits, evidence.labels)
+  return parallel.weighted_mean(losses, evidence.weights)
 
 
 def _inception(evidence: Evidence, objective: Objective) -> Array:
-  return inception_loss(evidence.logits, evidence.labels, scale=objective.inception_scale)
+  return inception_loss(evidence.logits, evidence.labels, scale=objective.inception_scale, weights=evidence.weights)
 
 
 def _smoothness(evidence: Evidence, objective: Objective) -> Array:
   # On the image, not on its views: the edge of a cutout is no roughness of the image.
-  return smoothness_prior(evidence.images, size=objective.smoothness_size, sigma=objective.smoothness_sigma)
+  return smoothness_prior(
+    evidence.images,
+    size=objective.smoothness_size,
+    sigma=objective.smoothness_sigma,
+    weights=evidence.image_weights,
+  )
 
 
 def _total_variation(evidence: Evidence, objective: Objective) -> Array:
-  return total_variation(evidence.normalized, axis_name=evidence.axis_name)
+  return total_variation(evidence.normalized, axis_name=evidence.axis_name, weights=evidence.weights)
 
 
 def _image_l2(evidence: Evidence, objective: Objective) -> Array:
   flat = evidence.normalized.reshape(evidence.normalized.shape[0], -1)
-  return jnp.mean(jnp.sqrt(jnp.sum(jnp.square(flat), axis=1) + 1e-20))
+  return parallel.weighted_mean(jnp.sqrt(jnp.sum(jnp.square(flat), axis=1) + 1e-20), evidence.weights)
 
 
 TERMS: Mapping[str, Callable[[Evidence, Objective], Array]] = {
@@ -210,7 +239,7 @@ TERMS: Mapping[str, Callable[[Evidence, Objective], Array]] = {
 
 
 def evaluate_objective(evidence: Evidence, objective: Objective) -> tuple[Array, dict[str, Array]]:
-  """Total loss sum_t w_t L_t, and the value of every computed term, averaged over devices.
+  """Total loss sum_t w_t L_t, and the value of every computed term, averaged over devices by the weight of their images.
 
   Args:
     evidence: one forward pass.
@@ -221,12 +250,13 @@ def evaluate_objective(evidence: Evidence, objective: Objective) -> tuple[Array,
   """
   terms: dict[str, Array] = {}
   total = jnp.float32(0.0)
+  share = parallel.weight_share(evidence.weights, evidence.axis_name)
   for name, function in TERMS.items():
     weight = objective.weight(name)
     if weight or name in objective.monitor:
-      terms[name] = parallel.mean(function(evidence, objective), evidence.axis_name)
+      terms[name] = parallel.mean(function(evidence, objective), evidence.axis_name, share)
       total = total + weight * terms[name] if weight else total
   for name, weight, extra in objective.extra:
-    terms[name] = parallel.mean(extra(evidence), evidence.axis_name)
+    terms[name] = parallel.mean(extra(evidence), evidence.axis_name, share)
     total = total + weight * terms[name]
   return total, terms

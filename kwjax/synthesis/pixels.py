@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kwjax.batchnorm import INPUT, bns_loss, input_moments, observing, recorded_moments, reference_moments
+from kwjax.batchnorm import INPUT, bns_loss, input_moments, observing, recorded_moments, reference_moments, weigh
 from kwjax.network import Array, Network
 from kwjax.runtime import parallel
 from kwjax.synthesis.augment import augment
@@ -64,16 +64,25 @@ def watched_layers(network: Network, config: SynthesisConfig) -> tuple[str, ...]
 
 
 def synthesis_loss(
-  images: Array, network: Network, labels: Array, key: Array, config: SynthesisConfig, *, axis_name: str | None = None
+  images: Array,
+  network: Network,
+  labels: Array,
+  key: Array,
+  config: SynthesisConfig,
+  weights: Array | None = None,
+  *,
+  axis_name: str | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """The objective of Algorithm 1 on one batch of images, over all devices.
 
   Args:
     images: f32[b,h,w,c] in [0,1], this device's share.
     network: the trained network, in evaluation mode.
-    labels: i32[b], targets.
+    labels: i32[b], targets; valid classes, of padding too.
     key: PRNG key of this step, the same on every device.
     config: objective, augmentation and number of copies.
+    weights: f32[b] of this device's images: 1 counts, 0 is padding, which changes no loss and gets a gradient of zero.
+      Padding comes last in the batch over all devices, so that the other images keep their augmentation. None: all count.
     axis_name: mapped axis of the devices.
 
   Returns:
@@ -82,6 +91,7 @@ def synthesis_loss(
 
   Raises:
     NoBatchNormError: the objective needs statistics and the network has none.
+    KwjaxError: with weights, a BatchNorm layer's input does not have the images along its leading axis.
   """
   objective, n = config.objective, config.duplicates
   mean, std = jnp.asarray(network.input_mean, jnp.float32), jnp.asarray(network.input_std, jnp.float32)
@@ -89,10 +99,12 @@ def synthesis_loss(
   views = augment(images, key, config.augmentation, duplicates=n, fill=mean, offset=offset)
   reference = reference_moments(network, include_input=objective.include_input) if objective.needs_statistics else {}
   apply = observing(network.forward, axis_name=axis_name, record_moments=objective.needs_statistics)
-  logits, mutated = apply(network.variables, views)
+  view_weights = None if weights is None else jnp.repeat(jnp.asarray(weights, jnp.float32), n)
+  variables = network.variables if view_weights is None else weigh(network.variables, view_weights)
+  logits, mutated = apply(variables, views)
   measured = recorded_moments(mutated)
   if objective.include_input and objective.needs_statistics:
-    measured[INPUT] = input_moments(views, network, axis_name=axis_name)
+    measured[INPUT] = input_moments(views, network, axis_name=axis_name, weights=view_weights)
   evidence = Evidence(
     images=images,
     views=views,
@@ -102,6 +114,7 @@ def synthesis_loss(
     reference=reference,
     measured=measured,
     axis_name=axis_name,
+    weights=view_weights,
   )
   loss, terms = evaluate_objective(evidence, objective)
   metrics = {"loss": loss, **terms}
@@ -119,6 +132,7 @@ def synthesis_step(
   network: Network,
   key: Array,
   config: SynthesisConfig,
+  weights: Array | None = None,
   *,
   axis_name: str | None = None,
 ) -> tuple[SynthesisState, dict[str, Array]]:
@@ -128,22 +142,24 @@ def synthesis_step(
 
   Args:
     state: this device's share of the batch.
-    labels: i32[b], targets.
+    labels: i32[b], targets; valid classes, of padding too.
     network: the trained network.
     key: PRNG key of the batch; the step's own key is folded from it, so that a resumed run draws the same numbers.
     config: what to optimize and how.
+    weights: f32[b] of this device's images: 1 counts, 0 is padding at the end of the batch, whose pixels are only clamped.
+      None: all count.
     axis_name: mapped axis of the devices.
 
   Returns:
     The next state and metrics: `loss`, every term, and `layers` f32[L + 1].
   """
   chex.assert_rank(state.images, 4)
-  chex.assert_equal_shape_prefix([state.images, labels], 1)
+  chex.assert_equal_shape_prefix([state.images, labels, *([] if weights is None else [weights])], 1)
   pixels = jnp.clip(state.images, 0.0, 1.0)
   step_key = jax.random.fold_in(key, state.step)
 
   def loss_of(images: Array) -> tuple[Array, dict[str, Array]]:
-    return synthesis_loss(images, network, labels, step_key, config, axis_name=axis_name)
+    return synthesis_loss(images, network, labels, step_key, config, weights, axis_name=axis_name)
 
   (_, metrics), gradient = parallel.value_and_grad_of_shard(loss_of, axis_name)(pixels)
   updates, optimizer = _adam(config).update(gradient, state.optimizer, pixels)

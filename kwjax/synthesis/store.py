@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +18,13 @@ from kwjax.runtime.files import (
   atomic_write,
   canonical_json,
   check_settings,
-  read_json,
+  read_sealed_json,
   sha256_file,
-  write_json,
+  write_sealed_json,
 )
 
 _MANIFEST = "manifest.json"
-_VERSION = 1
+_VERSION = 2
 
 
 class Shard(NamedTuple):
@@ -44,11 +44,13 @@ class StoredImages(NamedTuple):
 
 
 class ImageStore:
-  """Batches of images in a folder: `batch-00000.safetensors`, ... and `manifest.json`.
+  """Batches of images in a folder: `batch-00000.safetensors`, ... (of several processes `.part-0-of-2`) and `manifest.json`.
 
   Invariant: a batch counts as present only while its file has the SHA-256 in the manifest; the manifest is written
   after the file, so a kill between the two leaves a batch that is absent and is made again. The same arrays give the
-  same bytes. One process writes a folder at a time (`kwjax.runtime.workdir.lock_workdir`).
+  same bytes. One run writes a folder at a time (`kwjax.runtime.workdir.lock_workdir`). Of several processes of a run each
+  writes its part of a batch into a file of its own (`write_part`), and one of them records all parts; who reads the
+  store meets whole batches.
   """
 
   def __init__(self, folder: PathLike, *, settings: Mapping[str, Any]) -> None:
@@ -93,24 +95,59 @@ class ImageStore:
       CheckpointError: an argument does not have that form.
       KwjaxError: the disk is full; the batches before are unchanged.
     """
-    manifest = self._manifest()
-    tensors = _checked(index, images, labels, history or {}, manifest["shape"])
+    self.record(index, [self.write_part(index, images, labels, history)])
+
+  def write_part(
+    self,
+    index: int,
+    images: np.ndarray,
+    labels: np.ndarray,
+    history: Mapping[str, Any] | None = None,
+    *,
+    part: int = 0,
+    parts: int = 1,
+  ) -> dict[str, Any]:
+    """Stores a part of a batch without recording it; arguments and errors as of `write`, a part may hold no image.
+
+    Args:
+      index: batch number.
+      images: f32[n,h,w,c], this part's.
+      labels: i32[n].
+      history: of the whole batch; one part should have it.
+      part: which of the parts this is, from 0, in the order of the images.
+      parts: how many there are.
+
+    Returns:
+      What `record` needs to know of it, JSON-able.
+    """
+    tensors = _checked(index, images, labels, history or {}, self._manifest()["shape"])
     data = safetensors.numpy.save(tensors)
-    name = f"batch-{index:05d}.safetensors"
-    for leftover in self.folder.glob(".*.tmp"):
+    name = f"batch-{index:05d}.safetensors" if parts == 1 else f"batch-{index:05d}.part-{part}-of-{parts}.safetensors"
+    for leftover in self.folder.glob(f".{name}.*.tmp"):
       # A batch can be hundreds of megabytes, so what a killed run left must not pile up.
       with contextlib.suppress(FileNotFoundError):
         leftover.unlink()
     atomic_write(self.folder / name, data)
-    manifest["shape"] = list(images.shape[1:])
-    manifest["shards"][str(index)] = {
-      "file": name,
-      "sha256": hashlib.sha256(data).hexdigest(),
-      "bytes": len(data),
-      "count": len(images),
-    }
+    digest = hashlib.sha256(data).hexdigest()
+    return {"file": name, "sha256": digest, "bytes": len(data), "count": len(images), "shape": list(images.shape[1:])}
+
+  def record(self, index: int, written: Sequence[Mapping[str, Any]]) -> None:
+    """Make a batch count as present: all its parts, in order, as `write_part` returned them.
+
+    Raises:
+      KwjaxError: the disk is full; the batches before are unchanged.
+    """
+    manifest = self._manifest()
+    manifest["shape"] = written[0]["shape"]
+    parts = [{name: value for name, value in entry.items() if name != "shape"} for entry in written]
+    whole = {"parts": parts, "count": sum(part["count"] for part in parts)}
+    earlier = manifest["shards"].get(str(index))
+    manifest["shards"][str(index)] = parts[0] if len(parts) == 1 else whole
     manifest["shards"] = dict(sorted(manifest["shards"].items(), key=lambda item: int(item[0])))
-    write_json(self.folder / _MANIFEST, manifest)
+    write_sealed_json(self.folder / _MANIFEST, manifest)
+    # A run of another number of processes has made the batch before, and it was damaged.
+    for stale in {part["file"] for part in _parts(earlier or {})} - {part["file"] for part in parts}:
+      (self.folder / stale).unlink(missing_ok=True)
 
   def read(self, index: int) -> Shard:
     """Returns one batch after checking its bytes.
@@ -121,19 +158,12 @@ class ImageStore:
     entry = self._manifest()["shards"].get(str(index))
     if entry is None:
       raise CheckpointError(f"{self.folder} has no batch {index}; it has {self.indices()}")
-    path = self.folder / entry["file"]
-    try:
-      data = path.read_bytes()
-    except OSError as error:
-      raise CheckpointError(f"batch {index} of {self.folder}: cannot read {path.name}: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-      raise CheckpointError(
-        f"batch {index} of {self.folder} is damaged: {path.name} ({len(data):,} bytes) does not have the SHA-256 "
-        f"it was saved with ({entry['bytes']:,} bytes); make it again"
-      )
-    tensors = safetensors.numpy.load(data)
-    history = {name.removeprefix("history."): value for name, value in tensors.items() if name.startswith("history.")}
-    return Shard(tensors["images"], tensors["labels"], history)
+    parts = [self._read_part(index, part) for part in _parts(entry)]
+    history = {name: value for part in parts for name, value in part.history.items()}
+    if len(parts) == 1:
+      return parts[0]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*((p.images, p.labels) for p in parts), strict=True))
+    return Shard(images, labels, history)
 
   def images(self) -> StoredImages:
     """Returns all batches as one set, each checked as in `read`; at most one batch is held twice.
@@ -158,19 +188,45 @@ class ImageStore:
       start = stop
     return StoredImages(images, labels, tuple(histories))
 
+  def _read_part(self, index: int, entry: Mapping[str, Any]) -> Shard:
+    path = self.folder / entry["file"]
+    try:
+      data = path.read_bytes()
+    except OSError as error:
+      raise CheckpointError(f"batch {index} of {self.folder}: cannot read {path.name}: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+      raise CheckpointError(
+        f"batch {index} of {self.folder} is damaged: {path.name} ({len(data):,} bytes) does not have the SHA-256 "
+        f"it was saved with ({entry['bytes']:,} bytes); make it again"
+      )
+    tensors = safetensors.numpy.load(data)
+    history = {name.removeprefix("history."): value for name, value in tensors.items() if name.startswith("history.")}
+    return Shard(tensors["images"], tensors["labels"], history)
+
   def _manifest(self) -> dict[str, Any]:
     path = self.folder / _MANIFEST
     if not path.exists():
       return {"version": _VERSION, "settings": self._settings, "shape": None, "shards": {}}
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("version") != _VERSION or "shards" not in manifest:
+    try:
+      manifest = read_sealed_json(path)
+    except CheckpointError as error:
+      raise CheckpointError(f"{error}; remove {self.folder} to make its images again") from error
+    if manifest.get("version") != _VERSION or "shards" not in manifest:
       raise CheckpointError(f"{path} is not a manifest of images of version {_VERSION}")
     return manifest
 
   def _intact(self, entry: Mapping[str, Any]) -> bool:
-    path = self.folder / entry["file"]
+    paths = [(self.folder / part["file"], part) for part in _parts(entry)]
     # The size tells most truncations without reading the file.
-    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+    return all(
+      path.is_file() and path.stat().st_size == part["bytes"] and sha256_file(path) == part["sha256"]
+      for path, part in paths
+    )
+
+
+def _parts(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """The files of a batch: one, or those of several processes."""
+  return list(entry["parts"]) if "parts" in entry else [entry] if entry else []
 
 
 def _checked(

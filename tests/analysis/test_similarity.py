@@ -10,7 +10,7 @@ import pytest
 
 from kwjax.analysis.similarity import measure
 from kwjax.batchnorm import observe, reference_moments
-from kwjax.errors import DataError, NoBatchNormError
+from kwjax.errors import DataError, Interrupted, NoBatchNormError
 from kwjax.network import Network
 from kwjax.synthesis import Augmentation, augment
 from tests.networks import tiny_network
@@ -39,6 +39,26 @@ def test_how_the_set_is_cut_does_not_matter() -> None:
   network, x = tiny_network(), images(12)
   whole, parts = measure(network, x), measure(network, iter([x[:5], x[5:6], x[6:]]))
   np.testing.assert_allclose(parts.jkl, whole.jkl, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(3, 256), (8, 9)])
+def test_several_devices_give_what_one_gives(devices: int, batch_size: int) -> None:
+  network, x = tiny_network(), images(23)
+  one, several = measure(network, x), measure(network, x, devices=devices, batch_size=batch_size)
+  assert several.count == 23
+  np.testing.assert_allclose(several.jkl, one.jkl, rtol=1e-5)
+  for layer, expected in one.per_layer.items():
+    np.testing.assert_allclose(several.per_layer[layer], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_fewer_images_than_devices_count_too() -> None:
+  network, x = tiny_network(), images(3)
+  np.testing.assert_allclose(measure(network, x, devices=8).jkl, measure(network, x).jkl, rtol=1e-5)
+
+
+def test_it_stops_between_batches() -> None:
+  with pytest.raises(Interrupted):
+    measure(tiny_network(), images(4), should_stop=lambda: True)
 
 
 def test_input_counts_as_a_layer_when_asked() -> None:

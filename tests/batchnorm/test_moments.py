@@ -43,6 +43,40 @@ def test_moments_over_devices_equal_those_of_the_whole_batch() -> None:
   np.testing.assert_allclose(split.var[5], whole.var, rtol=1e-5)
 
 
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_weighted_moments_are_the_weighted_averages(axis: int) -> None:
+  x = np.random.default_rng(0).normal(10.0, 0.1, (6, 4, 5)).astype(np.float32)
+  w = np.array([1.0, 0.0, 0.5, 2.0, 0.0, 1.0], np.float32)
+  got = batch_moments(x, feature_axis=axis, shift=jnp.full(x.shape[axis], 9.9), weights=w)
+  other = 1 if axis == -1 else 2
+  exact = x.astype(np.float64)
+  mean = np.average(exact.mean(other), axis=0, weights=w)
+  centred = exact - np.expand_dims(mean, other - 1)
+  np.testing.assert_allclose(got.mean, mean, rtol=1e-6)
+  np.testing.assert_allclose(got.var, np.average(np.square(centred).mean(other), axis=0, weights=w), rtol=1e-5)
+
+
+def test_weighted_moments_over_devices_of_unequal_weight() -> None:
+  x = np.random.default_rng(0).normal(2.0, 3.0, (13, 4, 5)).astype(np.float32)
+  padded = np.concatenate([x, np.full((3, 4, 5), 99.0, np.float32)]).reshape(8, 2, 4, 5)
+  weights = (np.arange(16) < 13).astype(np.float32).reshape(8, 2)  # devices hold 2, 1 and 0 images
+  shift = jnp.ones(5)
+  split = jax.pmap(lambda x, w: batch_moments(x, shift=shift, axis_name="d", weights=w), axis_name="d")(padded, weights)
+  whole = batch_moments(x, shift=shift)
+  for device in (0, 6, 7):
+    np.testing.assert_allclose(split.mean[device], whole.mean, rtol=1e-6)
+    np.testing.assert_allclose(split.var[device], whole.var, rtol=1e-5)
+
+
+def test_moments_of_no_weight_are_finite_and_so_is_their_gradient() -> None:
+  x, w = jnp.full((4, 2), 3.0), jnp.zeros(4)
+  got = batch_moments(x, shift=jnp.ones(2), weights=w)
+  np.testing.assert_array_equal(got.mean, 1.0)
+  np.testing.assert_array_equal(got.var, 0.0)
+  gradient = jax.grad(lambda x: jnp.log(batch_moments(x, weights=w).var + 1e-8).sum())(x)
+  np.testing.assert_array_equal(gradient, 0.0)
+
+
 def test_merge_of_unequal_batches_equals_the_moments_of_all() -> None:
   x = np.random.default_rng(0).normal(5.0, 2.0, (17, 3)).astype(np.float32)
   total = None

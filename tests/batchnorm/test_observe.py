@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kwjax.batchnorm import Moments, freeze, observe, observing, recorded_moments, reference_moments
+from kwjax.batchnorm import Moments, freeze, observe, observing, recorded_moments, reference_moments, weigh
 from kwjax.errors import KwjaxError, NoBatchNormError
 from kwjax.intercept import batch_norm_layers, layers
 from tests.networks import random_network, tiny_network
@@ -202,6 +202,72 @@ def test_moments_over_devices_equal_those_on_one() -> None:
   whole = observe(network, images(16))[1]
   split = jax.pmap(lambda x: observe(network, x, axis_name="d")[1], axis_name="d")(images(16).reshape(8, 2, 8, 8, 3))
   np.testing.assert_allclose(split["bn1"].var[0], whole["bn1"].var, rtol=1e-5)
+
+
+def stacked_along(axis: int) -> nn.Module:
+  class Stacked(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+      axes = {"params": axis, "batch_stats": axis}
+      stack = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=3)
+      return stack(name="stack")(nn.Conv(6, (1, 1))(x), None)[0].mean((1, 2))
+
+  return Stacked()
+
+
+class Folded(nn.Module):
+  """Each image as four patches, in the batch."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    b, h, w, c = x.shape
+    patches = x.reshape(b, 2, h // 2, 2, w // 2, c).swapaxes(2, 3).reshape(4 * b, h // 2, w // 2, c)
+    y = nn.BatchNorm(use_running_average=True)(nn.Conv(6, (3, 3))(patches))
+    return y.reshape(b, -1)
+
+
+@pytest.mark.parametrize(
+  "module", [LiftedNet(), stacked_along(0), stacked_along(1), Folded()], ids=["lifted", "axis 0", "axis 1", "folded"]
+)
+@pytest.mark.parametrize("padding", [3, 6])  # three images and as many of padding: as many as there are stacked layers
+def test_padding_of_weight_zero_changes_no_moment_and_no_gradient(module: nn.Module, padding: int) -> None:
+  network, x = random_network(module), images(3 if padding == 3 else 6)
+  weights = jnp.append(jnp.ones(len(x)), jnp.zeros(padding))
+  noise = 5.0 * jax.random.normal(jax.random.key(2), (padding, 8, 8, 3))
+
+  def loss(x: jax.Array, weights: jax.Array | None) -> tuple:
+    logits, measured = observe(network, x, current=[".*"], include_input=True, weights=weights)
+    total = sum((i + 1.0) * (m.mean.sum() + jnp.log(m.var).sum()) for i, m in enumerate(measured.values()))
+    return total, (logits, measured)
+
+  run = jax.jit(jax.grad(loss, has_aux=True))
+  expected, (logits, measured) = run(x, None)
+  gradient, (padded_logits, padded) = run(jnp.concatenate([x, noise]), weights)
+  assert list(padded) == list(measured)
+  for name, moments in measured.items():
+    np.testing.assert_allclose(padded[name].mean, moments.mean, rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(padded[name].var, moments.var, rtol=1e-4, atol=1e-6, err_msg=name)
+  np.testing.assert_allclose(padded_logits[: len(x)], logits, rtol=1e-3, atol=1e-4)
+  assert np.abs(gradient[: len(x)] - expected).max() <= 1e-4 * np.abs(expected).max()
+  np.testing.assert_array_equal(gradient[len(x) :], 0.0)
+
+
+def test_a_layer_without_images_along_its_leading_axis_is_named() -> None:
+  class Transposed(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+      rows = x.swapaxes(0, 1)
+      return nn.BatchNorm(use_running_average=True, name="over_rows")(rows).mean((0, 2))
+
+  network = random_network(Transposed())
+  with pytest.raises(KwjaxError, match=r"layer over_rows has an input of shape \(8, 6, 8, 3\).* the 6 images"):
+    observe(network, images(), weights=jnp.ones(6))
+  assert observe(network, images())[0].shape == (6, 3)
+
+
+def test_weights_of_a_network_without_batch_norm_go_nowhere() -> None:
+  network = tiny_network(batch_norm=False)
+  assert weigh(network.variables, jnp.ones(6)) is network.variables
 
 
 def test_batch_norm_as_the_whole_feature_extractor_keeps_its_path() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kwjax.distillation import DistillConfig, Mixup, assemble, planner
-from kwjax.distillation.batches import gather
+from kwjax.distillation.batches import gather, take
 
 
 def noise(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -76,3 +76,12 @@ def test_image_and_partner_are_augmented_apart(images: np.ndarray) -> None:
   mixed = assemble(same, same, plan, noise)
   # Two independent draws of variance 1, averaged.
   np.testing.assert_allclose(np.var(mixed), 0.5, rtol=0.2)
+
+
+def test_rows_of_a_plan_and_what_fills_it_up() -> None:
+  plan = planner(jax.random.key(2), 9, DistillConfig(5, batch_size=5, mixup=Mixup(alpha=0.5), augment=noise))(0)
+  part = take(plan, range(3, 8))
+  index = [3, 4, 4, 4, 4]
+  np.testing.assert_array_equal(part.chosen, plan.chosen[index])
+  np.testing.assert_array_equal(part.mixing.lam, np.asarray(plan.mixing.lam)[index])
+  np.testing.assert_array_equal(jax.random.key_data(part.keys), jax.random.key_data(plan.keys)[np.array(index)])

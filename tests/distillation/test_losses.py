@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,24 @@ def test_intermediate_loss_is_torchs_summed_over_stages() -> None:
   np.testing.assert_allclose(intermediate_loss(s, t), expected, rtol=1e-5)
   assert list(stage_losses(s, t)) == ["a", "b"]
   assert float(intermediate_loss({}, {})) == 0.0
+
+
+@pytest.mark.parametrize("loss", [kl_divergence, soft_cross_entropy, smooth_l1])
+def test_weights_are_those_of_a_weighted_average_over_the_batch(loss: Any) -> None:
+  s, t, w = logits(0), logits(1), np.array([1.0, 0.0, 2.0, 0.0, 0.0, 0.5, 1.0], np.float32)
+  one_by_one = [float(loss(s[i : i + 1], t[i : i + 1])) for i in range(7)]
+  np.testing.assert_allclose(loss(s, t, weights=jnp.asarray(w)), np.average(one_by_one, weights=w), rtol=1e-5)
+  gradient = jax.grad(lambda s: loss(s, t, weights=jnp.zeros(7)))(s)
+  np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_stages_with_patches_in_the_batch_take_the_weight_of_their_image() -> None:
+  s, t = ({"a": logits(i, (3, 2, 2, 4)), "b": logits(i + 2, (6, 2, 2, 4))} for i in (0, 5))
+  got = stage_losses(s, t, weights=jnp.array([1.0, 1.0, 0.0]))
+  np.testing.assert_allclose(got["a"], smooth_l1(s["a"][:2], t["a"][:2]), rtol=1e-6)
+  np.testing.assert_allclose(got["b"], smooth_l1(s["b"][:4], t["b"][:4]), rtol=1e-6)
+  with pytest.raises(KwjaxError, match=r"stage a has shape \(3, 2, 2, 4\).* the 4 images"):
+    intermediate_loss(s, t, weights=jnp.ones(4))
 
 
 def test_stages_that_do_not_fit_are_named() -> None:

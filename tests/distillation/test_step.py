@@ -22,15 +22,29 @@ from kwjax.runtime.parallel import device_group
 CONFIG = DistillConfig(10, batch_size=16, learning_rate=0.05, iq_weight=0.1, temperature=2.0)
 
 
-def one_step(student: Any, teacher: Network, batch: np.ndarray, config: DistillConfig, devices: int = 1) -> Any:
+def one_step(
+  student: Any,
+  teacher: Network,
+  batch: np.ndarray,
+  config: DistillConfig,
+  devices: int = 1,
+  weights: np.ndarray | None = None,
+) -> Any:
   group = device_group(devices)
   step = group.compile(functools.partial(_step, config))
   state = group.replicate(initial_state(student, config))
-  return group.first(step(state, group.shard(jnp.asarray(batch)), group.replicate(teacher)))
+  return group.first(step(state, group.shard(jnp.asarray(batch)), group.replicate(teacher), group.shard(weights)))
 
 
-def _step(config: DistillConfig, state: Any, batch: jax.Array, teacher: Network, axis_name: str | None) -> Any:
-  return distill_step(state, batch, teacher, config, axis_name)
+def _step(
+  config: DistillConfig,
+  state: Any,
+  batch: jax.Array,
+  teacher: Network,
+  weights: jax.Array | None = None,
+  axis_name: str | None = None,
+) -> Any:
+  return distill_step(state, batch, teacher, config, weights, axis_name=axis_name)
 
 
 def gradient_of(state: Any) -> np.ndarray:
@@ -98,6 +112,33 @@ def test_gradients_on_eight_devices_are_those_on_one(
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
   for name, value in metrics.items():
     np.testing.assert_allclose(metrics8[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("batch_norm", "count", "devices"),
+  [("train", 1, (2, 8)), ("train", 5, (1, 2, 8)), ("train", 8, (8,)), ("train", 13, (2, 8)), ("frozen", 5, (1, 2, 8))],
+)
+def test_padding_changes_no_gradient_no_statistic_and_no_metric(
+  student: Network, teacher: Network, batch_norm: str, count: int, devices: tuple[int, ...]
+) -> None:
+  config = CONFIG.replace(batch_norm=batch_norm)
+  batch = np.asarray(jax.random.uniform(jax.random.key(3), (count, 8, 8, 3)))
+  plain, metrics = one_step(student, teacher, batch, config)
+  g = gradient_of(plain)
+  assert np.linalg.norm(g) > 0
+  for number in devices:
+    padding = number - count % number  # at least one image; with one image on eight, seven devices of padding
+    noise = np.random.default_rng(0).normal(size=(padding, 8, 8, 3)).astype(np.float32)
+    weights = np.append(np.ones(count), np.zeros(padding)).astype(np.float32)
+    padded, found = one_step(student, teacher, np.concatenate([batch, noise]), config, number, weights)
+    assert np.linalg.norm(gradient_of(padded) - g) <= 1e-5 * np.linalg.norm(g)
+    for field in ("params", "batch_stats"):
+      a, b = flat(plain.student.variables[field]), flat(padded.student.variables[field])
+      assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
+    for name, value in metrics.items():
+      np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=f"{name} on {number} devices")
+    assert int(padded.bad_step) == -1
 
 
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])

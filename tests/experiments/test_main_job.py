@@ -150,7 +150,6 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(
     (["--real-data", "nowhere.npz"], "nowhere.npz"),
     (["--overrides", "layer9=8w8a"], "layer9"),
     (["--overrides", "layer9"], "PATTERN=BITS"),
-    (["--devices", "8"], "--distill-batch-size 4 does not divide over 8 devices"),
   ],
 )
 def test_bad_input_is_one_sentence_and_status_2(

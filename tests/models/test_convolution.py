@@ -1,4 +1,4 @@
-"""The depthwise form against `lax.conv_general_dilated`: value, both gradients, and the transformations it survives."""
+"""The fast forms against `lax.conv_general_dilated`: value, both gradients, and the transformations they survive."""
 
 from __future__ import annotations
 
@@ -171,3 +171,44 @@ def test_a_flax_layer_takes_it():
   ours, native = nn.Conv(**options, conv_general_dilated=conv_general_dilated), nn.Conv(**options)
   variables = native.init(jax.random.key(1), images)
   np.testing.assert_allclose(ours.apply(variables, images), native.apply(variables, images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("channels", "features", "size", "stride", "padding"),
+  [
+    (16, 16, 3, 1, ((1, 1), (1, 1))),
+    (3, 16, 3, 1, "SAME"),
+    (16, 3, 3, 1, "SAME"),
+    (9, 12, 5, 1, ((2, 1), (0, 2))),
+    (16, 8, 1, 1, ((1, 1), (1, 1))),
+    (1, 1, 3, 1, "VALID"),
+    (16, 16, 3, 2, ((1, 1), (1, 1))),
+    (16, 17, 3, 1, "SAME"),
+  ],
+)
+def test_dense_convolution_and_its_gradients_are_those_of_lax(channels, features, size, stride, padding):
+  keys = jax.random.split(jax.random.key(1))
+  images = jax.random.normal(keys[0], (2, 9, 7, channels))
+  kernel = 0.1 * jax.random.normal(keys[1], (size, size, channels, features))
+
+  def loss(function, images, kernel):
+    return jnp.sum(jnp.sin(function(images, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT)))
+
+  def second_loss(function, images, kernel):
+    return jnp.sum(jnp.cos(jax.grad(functools.partial(loss, function))(images, kernel)))
+
+  for scalar in (loss, second_loss):
+    ours, theirs = (
+      jax.jit(jax.value_and_grad(functools.partial(scalar, function), (0, 1)))(images, kernel)
+      for function in (conv_general_dilated, lax.conv_general_dilated)
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_narrow_convolutions_are_widened_on_cpus_and_native_elsewhere():
+  images, kernel = jnp.ones((2, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
+  convolve = jax.jit(lambda x, k: conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=_LAYOUT))
+  traced = convolve.trace(images, kernel)
+  assert "8x8x17xf32" in traced.lower(lowering_platforms=("cpu",)).as_text()
+  assert "8x8x17xf32" not in traced.lower(lowering_platforms=("tpu",)).as_text()

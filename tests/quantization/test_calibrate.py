@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kwjax.errors import DataError, KwjaxError, NonFiniteError
+from kwjax.errors import DataError, Interrupted, KwjaxError, NonFiniteError
 from kwjax.quantization import QuantRules, Ranges, RangeTable, calibrate, draws, observe_ranges, ranges_from
 
 LAYERS = ["stem", "depthwise", "pointwise", "classifier"]
@@ -98,6 +98,19 @@ def test_batch_size_of_the_pass_does_not_matter(network, images):
   for batch_size in (1, 5, 12):
     parts = observe_ranges(network, np.asarray(images), batch_size=batch_size)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), parts, whole)
+
+
+def test_several_devices_give_what_one_gives(network, images):
+  whole = observe_ranges(network, images)
+  for devices in (3, 8):
+    split = observe_ranges(network, images[:11], batch_size=5, devices=devices)
+    assert split.count == 11
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[:11], rtol=1e-5, atol=1e-5), split, whole)
+
+
+def test_it_stops_between_batches(network, images):
+  with pytest.raises(Interrupted):
+    observe_ranges(network, images, batch_size=5, should_stop=lambda: True)
 
 
 def test_quantized_weights_change_what_is_observed(network, images):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kwjax.errors import DataError, NonFiniteError
+from kwjax.errors import DataError, Interrupted, NonFiniteError
 from kwjax.runtime.data import array_data
-from kwjax.runtime.evaluate import Accuracy, agreement, evaluate, wilson_interval
+from kwjax.runtime.evaluate import Accuracy, agreement, evaluate, predict, score, wilson_interval
 
 TRACES: list[str] = []
 
@@ -121,6 +121,50 @@ def test_a_known_noise_has_the_known_ratio() -> None:
   reference = _linear()
   network = dataclasses.replace(reference, weight=reference.weight * 0.9, bias=reference.bias * 0.9)
   assert agreement(network, reference, _images()).sqnr_db == pytest.approx(20, abs=1e-4)
+
+
+@pytest.mark.parametrize("devices", [3, 8])
+def test_several_devices_give_what_one_gives(devices: int) -> None:
+  network, reference, images = _linear(), _linear(seed=5), _images()
+  labels = np.random.default_rng(2).integers(0, 7, len(images))
+  assert evaluate(network, images, labels, batch_size=5, devices=devices) == evaluate(network, images, labels)
+  one, several = (agreement(network, reference, images, batch_size=7, devices=n) for n in (1, devices))
+  assert dataclasses.astuple(several) == pytest.approx(dataclasses.astuple(one), rel=1e-5)
+
+
+def test_one_pass_gives_both_scores() -> None:
+  network, reference, images = _linear(name="one pass"), _linear(seed=5), _images()
+  labels = np.random.default_rng(2).integers(0, 7, len(images))
+  expected = predict(reference, images, batch_size=8)
+  forwarded = []
+
+  @jax.tree_util.register_dataclass
+  @dataclasses.dataclass(frozen=True)
+  class Counted(Linear):
+    def apply(self, images: jax.Array) -> jax.Array:
+      jax.debug.callback(lambda x: forwarded.append(len(x)), images)
+      return super().apply(images)
+
+  counted = Counted(network.weight, network.bias)
+  found = score(counted, images, labels, expected, batch_size=8)
+  assert forwarded == [8, 8, 8]
+  assert found.accuracy == evaluate(network, images, labels)
+  assert dataclasses.astuple(found.agreement) == pytest.approx(
+    dataclasses.astuple(agreement(network, reference, images)), rel=1e-5
+  )
+  assert score(network, images) == (None, None)
+
+
+def test_it_stops_between_batches() -> None:
+  asked = []
+
+  def stop() -> bool:
+    asked.append(True)
+    return len(asked) == 3
+
+  with pytest.raises(Interrupted):
+    predict(_linear(), _images(), batch_size=2, should_stop=stop)
+  assert len(asked) == 3
 
 
 def test_networks_of_one_structure_share_one_compilation() -> None:

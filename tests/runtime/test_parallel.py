@@ -47,6 +47,24 @@ def test_shard_and_replicate_are_undone() -> None:
     np.testing.assert_array_equal(group.first(group.replicate(jnp.asarray(DATA))), DATA)
 
 
+def test_rows_and_weights_of_a_batch_that_does_not_divide() -> None:
+  group = device_group(8)
+  assert (group.padded(16), group.padded(17), group.padded(3)) == (16, 24, 8)
+  assert group.rows(17) == range(24)
+  assert group.weights(16) is None
+  np.testing.assert_array_equal(group.weights(3), [1, 1, 1, 0, 0, 0, 0, 0])
+  assert device_group(1).weights(7) is None
+
+
+def test_a_copy_for_each_device_does_not_pass_through_one_of_them() -> None:
+  group = device_group(4)
+  copies = group.replicate({"w": np.arange(6.0, dtype=np.float32), "key": jax.random.key(7)})
+  assert copies["w"].shape == (4, 6)
+  assert [shard.data.shape for shard in copies["w"].addressable_shards] == [(1, 6)] * 4
+  assert {shard.device for shard in copies["w"].addressable_shards} == set(group.devices)
+  np.testing.assert_array_equal(jax.random.key_data(group.first(copies["key"])), jax.random.key_data(jax.random.key(7)))
+
+
 def test_offsets_number_the_examples_of_the_whole_batch() -> None:
   offsets = jax.pmap(lambda x: axis_offset(x.shape[0], "d") + jnp.arange(x.shape[0]), axis_name="d")(np.zeros((8, 2)))
   np.testing.assert_array_equal(offsets.reshape(-1), np.arange(16))

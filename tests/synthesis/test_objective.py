@@ -8,7 +8,7 @@ import pytest
 from kwjax.batchnorm import Moments
 from kwjax.errors import KwjaxError
 from kwjax.synthesis import Evidence, Objective, evaluate_objective, inception_loss, smoothness_prior
-from kwjax.synthesis.objective import gaussian_kernel, total_variation
+from kwjax.synthesis.objective import TERMS, gaussian_kernel, total_variation
 
 
 def evidence() -> Evidence:
@@ -52,6 +52,46 @@ def test_total_variation_counts_four_directions() -> None:
   ]
   np.testing.assert_allclose(total_variation(jnp.asarray(x)), sum(norms), rtol=1e-5)
   assert bool(jnp.isfinite(jax.grad(total_variation)(jnp.zeros((1, 4, 4, 3)))).all())
+
+
+def test_terms_of_a_padded_batch_are_those_of_its_images() -> None:
+  e = evidence()
+  noise = jax.random.uniform(jax.random.key(5), (2, 8, 8, 3))
+  padded = e._replace(
+    images=jnp.concatenate([e.images, noise[:1]]),
+    views=jnp.concatenate([e.views, noise[:1]]),
+    normalized=jnp.concatenate([e.normalized, noise[:1]]),
+    logits=jnp.concatenate([e.logits, jnp.full((1, 5), -3.0)]),
+    labels=jnp.append(e.labels, 4),
+    weights=jnp.array([1.0, 1.0, 0.0]),
+  )
+  objective = Objective(monitor=tuple(TERMS), extra=(("count", 1.0, lambda e: e.image_weights.sum()),))
+  _, expected = evaluate_objective(e, Objective(monitor=tuple(TERMS)))
+  _, terms = evaluate_objective(padded, objective)
+  assert float(terms.pop("count")) == 2.0
+  assert set(terms) == set(expected) == set(TERMS)
+  for name, value in expected.items():
+    np.testing.assert_allclose(terms[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_views_of_an_image_have_its_weight() -> None:
+  e = evidence()
+  e = e._replace(views=jnp.repeat(e.views, 3, axis=0), weights=jnp.array([1.0, 1, 1, 0, 0, 0]))
+  np.testing.assert_array_equal(e.image_weights, [1.0, 0.0])
+  assert evidence().image_weights is None
+
+
+def test_own_terms_are_averaged_by_the_weight_of_each_device() -> None:
+  """Devices of weight 2, 1 and 0 whose term is 10, 4 and 7: (2 * 10 + 1 * 4) / 3."""
+  objective = Objective(bns=0.0, extra=(("own", 1.0, lambda e: e.images.mean()),))
+  values, weights = jnp.array([10.0, 4.0, 7.0]), jnp.array([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+
+  def total(value: jax.Array, weights: jax.Array) -> jax.Array:
+    e = evidence()
+    e = e._replace(images=jnp.full_like(e.images, value), weights=weights, axis_name="d")
+    return evaluate_objective(e, objective)[0]
+
+  np.testing.assert_allclose(jax.vmap(total, axis_name="d")(values, weights), 8.0, rtol=1e-6)
 
 
 def test_sum_of_weighted_terms_and_monitored_ones() -> None:

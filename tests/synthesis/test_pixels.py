@@ -1,5 +1,6 @@
 """Algorithm 1: one step against NumPy Adam, clamping, many devices, and what the objective is for."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from kwjax.errors import NoBatchNormError
-from kwjax.runtime.parallel import device_group, value_and_grad_of_shard
-from kwjax.synthesis import SynthesisConfig, initial_state, synthesis_loss, synthesis_step
+from kwjax.runtime.parallel import device_group, value_and_grad_of_shard, weighted_mean
+from kwjax.synthesis import Augmentation, SynthesisConfig, initial_state, synthesis_loss, synthesis_step
 from kwjax.synthesis.pixels import SynthesisState, watched_layers
 from tests.networks import tiny_network
 
@@ -44,6 +45,101 @@ def test_gradient_on_eight_devices_equals_that_on_one(scheme: str) -> None:
   assert loss8 == pytest.approx(loss, rel=1e-5)
   assert np.abs(gradient).max() > 0
   assert np.abs(gradient8 - gradient).max() <= 1e-5 * np.abs(gradient).max()
+
+
+VIEWS = Augmentation(crop_resize=(0.4, 1.0), pad_crop=1, flip=True, cutout=0.25)
+
+
+def padded_gradient(scheme: str, count: int, size: int, devices: int) -> tuple[dict, np.ndarray]:
+  """Metrics and image gradients of `count` images in a batch of `size`; what pads it is noise, labels included."""
+  config = small(scheme, augmentation=VIEWS)
+  if scheme == "deepinversion":  # and with it all terms that are in no preset
+    own = ("own", 0.1, lambda e: weighted_mean(jnp.square(e.logits), e.weights))
+    objective = dataclasses.replace(config.objective, smoothness=1.0, image_l2=0.01, extra=(own,))
+    config = config.replace(objective=objective)
+  group, network = device_group(devices), tiny_network()
+  images = jax.random.uniform(jax.random.key(3), (13, 8, 8, 3))[:count]
+  noise = jax.random.uniform(jax.random.key(4), (size - count, 8, 8, 3))
+  labels = jnp.append(jnp.arange(count) % 5, jnp.full(size - count, 4))
+  weights = jnp.append(jnp.ones(count), jnp.zeros(size - count)) if size > count else None
+
+  def step(
+    images: jax.Array, labels: jax.Array, weights: jax.Array | None, network: object, axis_name: str | None
+  ) -> tuple:
+    def loss(images: jax.Array) -> tuple:
+      return synthesis_loss(images, network, labels, jax.random.key(5), config, weights, axis_name=axis_name)
+
+    return value_and_grad_of_shard(loss, axis_name)(images)
+
+  (_, metrics), gradient = group.compile(step)(
+    group.shard(jnp.concatenate([images, noise])), group.shard(labels), group.shard(weights), group.replicate(network)
+  )
+  return jax.device_get(group.first(metrics)), group.unshard(gradient)
+
+
+@functools.cache
+def plain_gradient(scheme: str, count: int) -> tuple[dict, np.ndarray]:
+  return padded_gradient(scheme, count, count, 1)
+
+
+CASES = [
+  *((scheme, count, devices) for scheme in SCHEMES[2:] for count in (1, 5, 8, 13) for devices in (1, 2, 8)),
+  *((scheme, count, devices) for scheme in SCHEMES[:2] for count, devices in ((13, 1), (5, 2), (13, 8))),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "count", "devices"), CASES)
+def test_padding_changes_no_gradient_and_no_metric(scheme: str, count: int, devices: int) -> None:
+  metrics, gradient = plain_gradient(scheme, count)
+  size = (
+    count + devices - count % devices
+  )  # at least one image of padding; with one image on eight, seven devices of it
+  padded, padded_images = padded_gradient(scheme, count, size, devices)
+  assert np.abs(gradient).max() > 0
+  assert np.abs(padded_images[:count] - gradient).max() <= 1e-5 * np.abs(gradient).max()
+  np.testing.assert_array_equal(padded_images[count:], 0.0)
+  assert set(padded) == set(metrics)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(padded[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_padding_stays_finite_and_still_while_images_move() -> None:
+  """One image on eight devices: seven hold padding alone, and all of its Adam moments are zero."""
+  group, network, config = device_group(8), tiny_network(), small("deepinversion")
+  state = initial_state(config, jax.random.uniform(jax.random.key(0), (8, 8, 8, 3)))
+  placed = jax.tree.map(lambda leaf: group.shard(leaf) if leaf.ndim else group.replicate(leaf), state)
+
+  def one(
+    state: SynthesisState, labels: jax.Array, network: object, key: jax.Array, w: jax.Array, axis_name: str
+  ) -> tuple:
+    return synthesis_step(state, labels, network, key, config, w, axis_name=axis_name)
+
+  step, network, key = group.compile(one), group.replicate(network), group.replicate(jax.random.key(1))
+  labels, weights = group.shard(jnp.zeros(8, jnp.int32)), group.shard(jnp.array([1.0, 0, 0, 0, 0, 0, 0, 0]))
+  for _ in range(2):
+    placed, metrics = step(placed, labels, network, key, weights)
+  assert int(group.first(placed.bad_step)) == -1
+  assert np.isfinite(group.first(metrics)["loss"])
+  images = group.unshard(placed.images)
+  np.testing.assert_array_equal(images[1:], state.images[1:])
+  assert np.abs(images[0] - state.images[0]).max() > 0
+
+
+def test_batch_of_padding_alone_is_finite() -> None:
+  """No driver makes one; it must end in a number all the same, not in NaN."""
+  network, config = tiny_network(), small("deepinversion")
+  loss = functools.partial(
+    synthesis_loss,
+    network=network,
+    labels=jnp.zeros(2, jnp.int32),
+    key=jax.random.key(0),
+    config=config,
+    weights=jnp.zeros(2),
+  )
+  (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.full((2, 8, 8, 3), 0.5))
+  assert bool(jnp.isfinite(value))
+  np.testing.assert_array_equal(gradient, 0.0)
 
 
 def test_a_step_is_clamp_then_adam_with_drops() -> None:

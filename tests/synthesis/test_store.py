@@ -59,6 +59,37 @@ def test_the_same_images_give_the_same_bytes_in_whatever_memory_order(tmp_path: 
   np.testing.assert_array_equal(ImageStore(tmp_path / "b", settings=SETTINGS).read(0).images, images)
 
 
+def test_parts_of_several_processes_are_one_batch(tmp_path: pathlib.Path) -> None:
+  store = ImageStore(tmp_path, settings=SETTINGS)
+  images, labels, history = _batch(0, 3)
+  # The last process had nothing but filling.
+  cuts = [(0, 2), (2, 3), (3, 3)]
+  written = [
+    store.write_part(0, images[a:b], labels[a:b], history if part == 0 else {}, part=part, parts=3)
+    for part, (a, b) in enumerate(cuts)
+  ]
+  assert not store.has(0)
+  store.record(0, written)
+  store.write(1, *_batch(1))
+  again = ImageStore(tmp_path, settings=SETTINGS)
+  assert again.has(0)
+  shard, whole = again.read(0), again.images()
+  np.testing.assert_array_equal(shard.images, images)
+  np.testing.assert_array_equal(shard.labels, labels)
+  np.testing.assert_array_equal(shard.history["jkl"], history["jkl"])
+  assert whole.images.shape == (7, 5, 6, 3)
+  assert [set(h) for h in whole.histories] == [{"jkl", "steps"}] * 2
+  (tmp_path / "batch-00000.part-1-of-3.safetensors").unlink()
+  assert again.damaged() == [0]
+  with pytest.raises(CheckpointError, match=r"batch 0 of .*batch-00000\.part-1-of-3\.safetensors"):
+    again.read(0)
+  again.write(0, images, labels, history)
+  assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+    "batch-00000.safetensors",
+    "batch-00001.safetensors",
+  ]
+
+
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
 def test_a_damaged_batch_is_named_and_can_be_made_again(tmp_path: pathlib.Path, how: str) -> None:
   store = _filled(tmp_path)
@@ -91,7 +122,7 @@ def test_a_kill_between_file_and_manifest_leaves_the_batch_absent(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr("kwjax.synthesis.store.write_json", killed)
+    patch.setattr("kwjax.synthesis.store.write_sealed_json", killed)
     with pytest.raises(KeyboardInterrupt):
       store.write(3, *_batch(3))
   again = ImageStore(tmp_path, settings=SETTINGS)
@@ -139,8 +170,12 @@ def test_a_damaged_manifest_is_named(tmp_path: pathlib.Path) -> None:
   _filled(tmp_path)
   path = tmp_path / "manifest.json"
   manifest = json.loads(path.read_text())
-  path.write_text(json.dumps({**manifest, "version": 99}))
-  with pytest.raises(CheckpointError, match=r"manifest\.json is not a manifest of images of version 1"):
+  del manifest["sha256"]
+  files.write_sealed_json(path, {**manifest, "version": 99})
+  with pytest.raises(CheckpointError, match=r"manifest\.json is not a manifest of images of version 2"):
+    ImageStore(tmp_path, settings=SETTINGS)
+  path.write_text(json.dumps({**manifest, "sha256": "0" * 64}))
+  with pytest.raises(CheckpointError, match=r"manifest\.json is damaged .* remove .* to make its images again"):
     ImageStore(tmp_path, settings=SETTINGS)
   path.write_text(path.read_text()[:50])
   with pytest.raises(CheckpointError, match=r"manifest\.json is not valid JSON"):

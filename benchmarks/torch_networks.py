@@ -1,0 +1,138 @@
+"""The networks of the benchmarks in PyTorch: the peers that kwjax is timed against, and the source of its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pathlib
+import tempfile
+from typing import Any
+
+from kwjax.errors import KwjaxError
+from kwjax.models import model_info
+from kwjax.network import Network
+
+EXTRA = "the benchmarks compare with PyTorch: pip install 'kwjax[bench]'"
+
+
+def import_torch() -> Any:
+  """PyTorch.
+
+  Raises:
+    KwjaxError: it is not installed; names the extra.
+  """
+  try:
+    import torch
+  except ImportError as error:
+    raise KwjaxError(f"{EXTRA} ({error})") from error
+  return torch
+
+
+@functools.cache
+def import_torchvision() -> Any:
+  """torchvision, also where its compiled operators do not fit the installed PyTorch: the networks need none of them.
+
+  Raises:
+    KwjaxError: it is not installed; names the extra.
+  """
+  torch = import_torch()
+  library = torch.library.Library("torchvision", "FRAGMENT")
+  for signature in (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor d, Tensor s, float t) -> Tensor",
+  ):
+    with contextlib.suppress(RuntimeError):
+      library.define(signature)
+  try:
+    import torchvision
+  except ImportError as error:
+    raise KwjaxError(f"{EXTRA} ({error})") from error
+  torchvision.operators_kept_alive = library
+  return torchvision
+
+
+def _cifar_resnet(depth: int) -> Any:
+  """ResNet for CIFAR-10 with parameter-free shortcuts (option A), He et al. (2015), section 4.2."""
+  torch = import_torch()
+  nn, functional = torch.nn, torch.nn.functional
+
+  class Block(nn.Module):  # type: ignore[misc, name-defined]
+    def __init__(self, inputs: int, features: int, stride: int) -> None:
+      super().__init__()
+      self.conv1 = nn.Conv2d(inputs, features, 3, stride, 1, bias=False)
+      self.bn1 = nn.BatchNorm2d(features)
+      self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
+      self.bn2 = nn.BatchNorm2d(features)
+      self.stride, self.missing = stride, features - inputs
+
+    def forward(self, x: Any) -> Any:
+      y = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
+      if self.missing:
+        x = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.missing // 2, self.missing // 2))
+      return functional.relu(x + y)
+
+  class CifarResNet(nn.Module):  # type: ignore[misc, name-defined]
+    def __init__(self) -> None:
+      super().__init__()
+      self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+      inputs = 16
+      for stage, features in enumerate((16, 32, 64), 1):
+        blocks = []
+        for block in range((depth - 2) // 6):
+          blocks.append(Block(inputs, features, 2 if stage > 1 and block == 0 else 1))
+          inputs = features
+        setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+      self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Any) -> Any:
+      x = functional.relu(self.bn1(self.conv1(x)))
+      x = self.layer3(self.layer2(self.layer1(x)))
+      return self.linear(x.mean((2, 3)))
+
+  return CifarResNet()
+
+
+def torch_network(arch: str, *, image_size: int | None = None) -> Any:
+  """A randomly initialized network in evaluation mode whose running statistics are those of a batch of noise.
+
+  Args:
+    arch: resnet20, resnet32, resnet44, resnet56, resnet110, efficientnet_lite0, or a name of torchvision's.
+    image_size: side of the noise images in pixels; None takes the architecture's.
+
+  Raises:
+    KwjaxError: the architecture has no PyTorch form here, or a package is missing.
+  """
+  torch = import_torch()
+  torch.manual_seed(0)
+  info = model_info(arch)
+  if info.family == "resnet_cifar":
+    network = _cifar_resnet(int(arch.removeprefix("resnet")))
+  elif info.family == "efficientnet_lite":
+    try:
+      from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+      raise KwjaxError(f"{EXTRA} ({error})") from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+  elif info.family in ("resnet", "mobilenet_v2", "densenet"):
+    network = getattr(import_torchvision().models, arch)(weights=None)
+  else:
+    raise KwjaxError(f"there is no PyTorch form of {arch} to compare with")
+  for module in network.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+      module.momentum = None
+  size = image_size or info.image_shape[0]
+  network.train()
+  with torch.no_grad():
+    network(torch.randn(8, 3, size, size))
+  return network.eval()
+
+
+def kwjax_network(arch: str, torch_net: Any, *, image_size: int | None = None) -> Network:
+  """The same network with the same weights, by the converter that users call."""
+  from weights_conversion.convert import convert
+
+  torch = import_torch()
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / f"{arch}.pth"
+    torch.save(torch_net.state_dict(), path)
+    return convert(arch, str(path), image_size=image_size)

@@ -1,0 +1,97 @@
+"""One side of a comparison in a process of its own, so that its memory is its own: `python -m benchmarks.worker SPEC`.
+
+Reads one command a line from stdin and answers one line of JSON: a number of steps to time, `memory`, or `peak`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from experiments.launch import relaunch_with_huge_pages
+
+
+def peak_memory() -> int | None:
+  """Largest resident size of this process in bytes since `forget_peak`, or None where the system does not tell."""
+  with contextlib.suppress(OSError), open("/proc/self/status") as status:
+    for line in status:
+      if line.startswith("VmHWM:"):
+        return int(line.split()[1]) * 1024
+  return None
+
+
+def forget_peak() -> None:
+  """Start a new peak: what compiling took is no cost of a step."""
+  with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as control:
+    control.write("5")
+
+
+def cores() -> int:
+  """Processors this process may use."""
+  return len(os.sched_getaffinity(0))
+
+
+def matmul_peak(framework: str, size: int = 1536, repeats: int = 8) -> float:
+  """Floating-point operations a second of a float32 matrix product, the best of a few."""
+  if framework == "kwjax":
+    from experiments.cost import matmul_rate
+
+    return matmul_rate(size, repeats)
+  from benchmarks.torch_networks import import_torch
+
+  torch = import_torch()
+  x = torch.ones(size, size)
+  best = float("inf")
+  for _ in range(repeats):
+    start = time.perf_counter()
+    torch.mm(x, x)
+    best = min(best, time.perf_counter() - start)
+  return 2 * size**3 / best
+
+
+def main() -> None:
+  """Prepare what the specification says, then serve commands until stdin ends."""
+  spec: dict[str, Any] = json.loads(sys.argv[1])
+  answers = os.fdopen(os.dup(1), "w", buffering=1)
+  os.dup2(2, 1)  # what libraries print must not look like an answer
+  from experiments.common import keep_freed_memory, use_compilation_cache
+
+  # Both sides run with the same allocator settings.
+  keep_freed_memory()
+  if spec["framework"] == "kwjax":
+    use_compilation_cache()
+  else:
+    from benchmarks.torch_networks import import_torch
+
+    import_torch().set_num_threads(cores())
+  module = importlib.import_module(spec["module"])
+  start = time.perf_counter()
+  step = module.prepare(spec)
+  first = time.perf_counter()
+  step()
+  print(json.dumps({"prepare_s": first - start, "first_step_s": time.perf_counter() - first}), file=answers)
+  for line in sys.stdin:
+    command = line.strip()
+    if command == "memory":
+      answer: Any = peak_memory()
+    elif command == "forget":
+      answer = forget_peak()
+    elif command == "peak":
+      answer = matmul_peak(spec["framework"])
+    else:
+      answer = []
+      for _ in range(int(command)):
+        start = time.perf_counter()
+        step()
+        answer.append(time.perf_counter() - start)
+    print(json.dumps(answer), file=answers)
+
+
+if __name__ == "__main__":
+  relaunch_with_huge_pages()
+  main()

@@ -1,0 +1,200 @@
+"""How the processes of one run notice that one of them is gone, within seconds and without a hang.
+
+JAX's coordination service notices too, later, and ends the process with a stack trace that names nobody. Here each
+process keeps one TCP connection to process 0, which passes on what it learns: the system closes the connection of a
+killed process at once, and heartbeats tell of a machine that went silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import selectors
+import socket
+import threading
+import time
+
+from kwjax.errors import KwjaxError
+
+GONE_STATUS = 3
+"""Exit status of a process that ends because another one is gone."""
+
+_BEAT_SECONDS = 5.0
+_SILENCE_SECONDS = 40.0
+_GRACE_SECONDS = 5.0
+_CONNECT_SECONDS = 30.0
+
+
+def listen() -> tuple[socket.socket, tuple[int, str]]:
+  """Process 0's end: a listening socket, and the port and the password for the others."""
+  dual = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if dual else socket.AF_INET
+  listener = socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=1024)
+  return listener, (listener.getsockname()[1], secrets.token_hex(16))
+
+
+def accept(listener: socket.socket, token: str, count: int) -> dict[int, socket.socket]:
+  """Connections of all other processes, by their number.
+
+  Raises:
+    KwjaxError: one did not come.
+  """
+  found: dict[int, socket.socket] = {}
+  deadline = time.monotonic() + _CONNECT_SECONDS
+  with listener:
+    while len(found) < count - 1:
+      listener.settimeout(max(deadline - time.monotonic(), 0.01))
+      try:
+        connection, _ = listener.accept()
+        connection.settimeout(_CONNECT_SECONDS)
+        word, _, number = connection.makefile().readline().strip().partition(" ")
+      except OSError as error:
+        absent = sorted(set(range(1, count)) - set(found))
+        raise KwjaxError(f"the processes {absent} of {count} did not connect to process 0: {error}") from error
+      if secrets.compare_digest(word, token) and number.isdecimal():
+        found[int(number)] = connection
+      else:
+        connection.close()  # a stranger
+  return found
+
+
+def connect(host: str, port: int, token: str, index: int) -> dict[int, socket.socket]:
+  """Connection of this process to process 0.
+
+  Raises:
+    KwjaxError: it cannot be reached.
+  """
+  try:
+    connection = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
+    connection.sendall(f"{token} {index}\n".encode())
+  except OSError as error:
+    raise KwjaxError(f"process {index} cannot reach process 0 at {host}:{port}: {error}") from error
+  return {0: connection}
+
+
+class Watch:
+  """A thread that listens to the other processes; invariant: the process ends soon after another one is gone."""
+
+  def __init__(self, index: int, count: int, peers: dict[int, socket.socket]) -> None:
+    """Starts the thread.
+
+    Args:
+      index: this process.
+      count: number of processes.
+      peers: connections, by process: all others in process 0, process 0 elsewhere.
+    """
+    self._index, self._count, self._peers = index, count, peers
+    self._stop, self._leaving = threading.Event(), threading.Event()
+    self._send_lock = threading.Lock()
+    for connection in peers.values():
+      connection.settimeout(_BEAT_SECONDS)
+    threading.Thread(target=self._listen, name="kwjax-watch", daemon=True).start()
+
+  @property
+  def stop_announced(self) -> bool:
+    """Whether some process has announced that it was asked to stop."""
+    return self._stop.is_set()
+
+  def announce_stop(self) -> None:
+    """Tell all others that this process was asked to stop."""
+    if not self._stop.is_set():
+      self._stop.set()
+      self._send("stop")
+
+  def say_goodbye(self) -> None:
+    """Tell the others that this process is done, and that its end is no failure."""
+    self._leaving.set()
+    self._send("bye")
+
+  def say_failed(self) -> None:
+    """Tell the others that this process ends with an error of its own."""
+    self._leaving.set()
+    self._send(f"failed {self._index}")
+    deadline = time.monotonic() + self._last_seconds
+    while self._peers and time.monotonic() < deadline:
+      time.sleep(0.05)
+
+  @property
+  def _last_seconds(self) -> float:
+    """How long process 0 stays for the others to read its last word: JAX's service, which it hosts, would end them."""
+    return _GRACE_SECONDS + 3.0 if self._index == 0 else 0.0
+
+  def _drain(self, deadline: float) -> None:
+    """Wait until the others have closed their connections."""
+    for connection in self._peers.values():
+      with contextlib.suppress(OSError):
+        while (left := deadline - time.monotonic()) > 0:
+          connection.settimeout(left)
+          if not connection.recv(4096):
+            break
+
+  def _send(self, text: str, *, but: int | None = None) -> None:
+    with self._send_lock:
+      for peer, connection in list(self._peers.items()):
+        if peer != but:
+          # Whoever cannot be reached is found out by the listening end.
+          with contextlib.suppress(OSError):
+            connection.sendall(f"{text}\n".encode())
+
+  def _listen(self) -> None:
+    heard = dict.fromkeys(self._peers, time.monotonic())
+    partial = dict.fromkeys(self._peers, "")
+    beat = before = time.monotonic()
+    with selectors.DefaultSelector() as selector:
+      for peer, connection in self._peers.items():
+        selector.register(connection, selectors.EVENT_READ, peer)
+      while self._peers:
+        for key, _ in selector.select(timeout=_BEAT_SECONDS):
+          peer = key.data
+          try:
+            data = self._peers[peer].recv(4096).decode(errors="replace")
+          except OSError:
+            data = ""
+          heard[peer] = time.monotonic()
+          *lines, partial[peer] = (partial[peer] + data).split("\n")
+          done = [self._handle(peer, line) for line in lines]  # each line, also those before a goodbye
+          if not data or any(done):
+            selector.unregister(self._peers[peer])
+            del self._peers[peer]
+            if not any(done) and not self._leaving.is_set():
+              self._end(peer, "gone")
+        if time.monotonic() - beat >= _BEAT_SECONDS:
+          beat = time.monotonic()
+          self._send("beat")
+        before, paused = time.monotonic(), time.monotonic() - before > 3 * _BEAT_SECONDS
+        if paused:
+          # This process was suspended, and perhaps all of them were: nobody was listened to.
+          heard = dict.fromkeys(heard, before)
+        for peer in [p for p in self._peers if time.monotonic() - heard[p] > _SILENCE_SECONDS]:
+          selector.unregister(self._peers[peer])
+          del self._peers[peer]
+          self._end(peer, "silent")
+
+  def _handle(self, peer: int, line: str) -> bool:
+    """Whether the line was the peer's goodbye."""
+    word, _, number = line.partition(" ")
+    if word == "stop":
+      self._stop.set()
+      if self._index == 0:
+        self._send("stop", but=peer)
+    elif word in ("failed", "gone", "silent"):
+      self._end(int(number), word)
+    return word == "bye"
+
+  def _end(self, lost: int, how: str) -> None:
+    """End this process, since it would wait for the lost one for ever."""
+    if self._index == 0:
+      self._send(f"{how} {lost}", but=lost)
+    if how == "failed":
+      # The error may be one that all processes met; then each should say so itself.
+      self._leaving.wait(_GRACE_SECONDS)
+    if self._leaving.is_set():
+      return
+    what = {"gone": "is gone", "silent": "no longer answers", "failed": "has stopped with an error (see its output)"}[
+      how
+    ]
+    text = f"\nerror: process {lost} of {self._count} {what}; start all again with the same command to resume\n"
+    os.write(2, text.encode())
+    self._drain(time.monotonic() + self._last_seconds)
+    os._exit(GONE_STATUS)

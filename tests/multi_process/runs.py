@@ -1,0 +1,73 @@
+"""Two processes of two CPU devices each, as a test starts, meets and ends them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROCESSES = 2
+
+
+def free_port() -> int:
+  """A port that was free a moment ago."""
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    return server.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(
+  module: str, arguments: Callable[[str, int], Sequence[str]], cache: pathlib.Path, logs: pathlib.Path
+) -> Iterator[list[subprocess.Popen]]:
+  """Both processes of `python -m module`, ended by force when the block ends.
+
+  Args:
+    module: what to run.
+    arguments: `(HOST:PORT, process id) -> arguments`.
+    cache: for compiled programs.
+    logs: folder for `log-0` and `log-1`.
+  """
+  logs.mkdir(parents=True, exist_ok=True)
+  address = f"127.0.0.1:{free_port()}"
+  environment = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "KWJAX_CACHE": str(cache),
+    "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+  }
+  running = []
+  for index in range(PROCESSES):
+    with open(logs / f"log-{index}", "w") as log:
+      command = [sys.executable, "-m", module, *arguments(address, index)]
+      running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+  try:
+    yield running
+  finally:
+    for process in running:
+      process.kill()
+      process.wait()
+
+
+def ended(
+  running: Sequence[subprocess.Popen], logs: pathlib.Path, seconds: float = 240.0
+) -> tuple[list[int], list[str]]:
+  """Exit statuses and outputs; an overdue process is a failure."""
+  deadline = time.monotonic() + seconds
+  statuses = [process.wait(max(deadline - time.monotonic(), 0.1)) for process in running]
+  return statuses, [(logs / f"log-{index}").read_text() for index in range(len(running))]
+
+
+def wait_until(condition: Callable[[], bool], running: Sequence[subprocess.Popen], seconds: float = 120.0) -> None:
+  """Returns once the condition holds; fails when a process has ended before, or the time is over."""
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, "the moment that the test waits for did not come"
+    assert all(process.poll() is None for process in running), "a process ended before that moment"
+    time.sleep(0.02)
