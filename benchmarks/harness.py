@@ -26,17 +26,20 @@ class Worker:
     """Start the process and wait until its first step is done.
 
     Raises:
-      KwjaxError: it cannot run this side; what it printed is on stderr.
+      KwjaxError: it cannot run this side; what it printed is on stderr, unless `may_fail` says that it is not missed.
     """
     self.spec = spec
     self._process = subprocess.Popen(
       [sys.executable, "-m", "benchmarks.worker", json.dumps(spec)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE if spec.get("may_fail") else None,
+      stderr=subprocess.DEVNULL if spec.get("may_fail") else None,
       text=True,
     )
-    self.started: dict[str, float] = self._answer()
+    self.started: dict[str, Any] = self._answer()
+    if "error" in self.started:
+      self.close()
+      raise KwjaxError(self.started["error"])
 
   def _answer(self) -> Any:
     assert self._process.stdout is not None
@@ -87,10 +90,11 @@ def compare(spec: Spec, variants: Sequence[str], *, seconds: float, repeats: int
         continue
       # The least of a few: the choice must not fall to a variant that another process's burst has spared.
       trials[variant] = min(worker.ask(3))
+      slower: Worker | None = worker
       if torch is None or float(trials[variant]) < float(trials[torch.spec["variant"]]):
-        worker, torch = torch, worker
-      if worker is not None:
-        worker.close()
+        slower, torch = torch, worker
+      if slower is not None:
+        slower.close()
     if torch is None:
       raise KwjaxError(f"no PyTorch variant can run {spec['network']}: {trials}")
     peak = max(peak, torch.ask("peak"))
@@ -138,6 +142,23 @@ def _interleave(kwjax: Worker, torch: Worker, *, seconds: float, repeats: int) -
   }
 
 
+def forward_operations(name: str, size: int) -> int:
+  """Floating-point operations of one image's forward pass, two for a multiply-add."""
+  import jax
+
+  from kwjax import intercept
+  from kwjax.models import get_model, model_info
+  from kwjax.network import Network
+
+  info, module = model_info(name), get_model(name)
+  images = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
+  variables = jax.eval_shape(module.init, jax.random.key(0), images)
+  network = Network(
+    module, variables, image_shape=(size, size, 3), input_mean=info.input_mean, input_std=info.input_std, name=name
+  )
+  return 2 * sum(layer.multiplications for layer in intercept.layers(network))
+
+
 def machine() -> dict[str, Any]:
   """What the figures were measured on."""
   import jax
@@ -159,8 +180,10 @@ def machine() -> dict[str, Any]:
   return {"processor": model, "cores": len(os.sched_getaffinity(0)), "system": platform.system(), **versions}
 
 
-def parser(description: str | None, networks: Sequence[str]) -> argparse.ArgumentParser:
-  """Options that all comparisons share."""
+def parser(
+  description: str | None, networks: Sequence[str], *, batch: str = "128 at 32x32, else 16"
+) -> argparse.ArgumentParser:
+  """Options that all comparisons share; `batch` says what `build` takes for --batch where it is not given."""
   found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
   found.add_argument(
     "--networks", default=",".join(networks), metavar="A,B", help="networks to time (default: %(default)s)"
@@ -171,7 +194,7 @@ def parser(description: str | None, networks: Sequence[str]) -> argparse.Argumen
   )
   found.add_argument("--repeats", type=int, default=5, help="rounds, each side once in a round (default: %(default)s)")
   found.add_argument("--no-compile", action="store_true", help="do not try torch.compile, which takes minutes to start")
-  found.add_argument("--batch", type=int, metavar="N", help="distinct images a step (default: 128 at 32x32, else 16)")
+  found.add_argument("--batch", type=int, metavar="N", help=f"distinct images a step (default: {batch})")
   found.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the network's)")
   return found
 

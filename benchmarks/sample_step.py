@@ -35,34 +35,18 @@ def build(name: str, arguments: argparse.Namespace) -> harness.Spec:
     "image_size": size,
     "batch": batch,
     "duplicates": duplicates,
-    "operations": 2 * harness_operations(name, size) * batch * duplicates,
+    "operations": 2 * harness.forward_operations(name, size) * batch * duplicates,
   }
-
-
-def harness_operations(name: str, size: int) -> int:
-  """Floating-point operations of one image's forward pass, two for a multiply-add."""
-  import jax
-
-  from kwjax import intercept
-  from kwjax.models import get_model, model_info
-  from kwjax.network import Network
-
-  info, module = model_info(name), get_model(name)
-  images = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
-  variables = jax.eval_shape(module.init, jax.random.key(0), images)
-  network = Network(
-    module, variables, image_shape=(size, size, 3), input_mean=info.input_mean, input_std=info.input_std, name=name
-  )
-  return 2 * sum(layer.multiplications for layer in intercept.layers(network))
 
 
 def prepare(spec: harness.Spec) -> Callable[[], None]:
   """A function that runs one step and waits for it."""
-  peer = torch_network(spec["network"], image_size=spec["image_size"])
-  return _prepare_kwjax(spec, peer) if spec["framework"] == "kwjax" else prepare_torch(spec, peer)
+  if spec["framework"] == "kwjax":
+    return _prepare_kwjax(spec)
+  return prepare_torch(spec, torch_network(spec["network"], image_size=spec["image_size"]))
 
 
-def _prepare_kwjax(spec: harness.Spec, peer: Any) -> Callable[[], None]:
+def _prepare_kwjax(spec: harness.Spec) -> Callable[[], None]:
   import jax
 
   from kwjax.runtime.parallel import device_group
@@ -70,7 +54,7 @@ def _prepare_kwjax(spec: harness.Spec, peer: Any) -> Callable[[], None]:
   from kwjax.synthesis.pixels import initial_images, initial_state
   from kwjax.synthesis.synthesize import compiled_step
 
-  network = kwjax_network(spec["network"], peer, image_size=spec["image_size"])
+  network = kwjax_network(spec["network"], image_size=spec["image_size"])
   config = SynthesisConfig.for_network("bns", spec["image_size"])
   config = config.replace(batch_size=spec["batch"], duplicates=spec["duplicates"])
   group, key = device_group(spec.get("devices")), jax.random.key(0)
@@ -90,38 +74,16 @@ def _prepare_kwjax(spec: harness.Spec, peer: Any) -> Callable[[], None]:
 
 def prepare_torch(spec: harness.Spec, network: Any) -> Callable[[], None]:
   """The same step in PyTorch, as its users would write it."""
-  from kwjax.models import model_info
   from kwjax.synthesis import SynthesisConfig
 
   torch = import_torch()
   layout, _, compiled = spec["variant"].partition("+")
   memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-  network = network.to(memory_format=memory).requires_grad_(False)
-  info, size, batch = model_info(spec["network"]), spec["image_size"], spec["batch"]
+  size, batch = spec["image_size"], spec["batch"]
   augmentation = SynthesisConfig.for_network("bns", size).augmentation
-  mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (info.input_mean, info.input_std))
-  measured: list[Any] = []
-  norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-  for norm in norms:
-    norm.register_forward_pre_hook(
-      lambda module, inputs: measured.append(torch.var_mean(inputs[0], (0, 2, 3), correction=0))
-    )
-  reference = [(norm.running_var, norm.running_mean) for norm in norms] + [(std.flatten() ** 2, mean.flatten())]
   images = torch.rand(batch, 3, size, size).to(memory_format=memory).requires_grad_(True)
   optimizer = torch.optim.Adam([images], lr=0.1, fused=True)
-
-  def loss_of(pixels: Any, rows: Any, columns: Any) -> Any:
-    measured.clear()
-    views = torch.matmul(torch.matmul(rows, pixels[:, None]), columns).flatten(0, 1).contiguous(memory_format=memory)
-    moments = torch.var_mean(views, (0, 2, 3), correction=0)
-    network((views - mean) / std)
-    terms = []
-    for (var, centre), (found_var, found_mean) in zip(reference, [*measured, moments], strict=True):
-      found_var = found_var + 1e-8
-      kl = 0.5 * (torch.log(found_var / var) - 1 + (var + (centre - found_mean) ** 2) / found_var)
-      terms.append(torch.log1p(kl.clamp_min(0)).mean())
-    return torch.stack(terms).mean()
-
+  loss_of = torch_loss(spec, network)
   function = torch.compile(loss_of) if compiled else loss_of
 
   def run() -> None:
@@ -135,6 +97,38 @@ def prepare_torch(spec: harness.Spec, network: Any) -> Callable[[], None]:
     loss.item()
 
   return run
+
+
+def torch_loss(spec: harness.Spec, network: Any) -> Callable[[Any, Any, Any], Any]:
+  """The BNS objective in PyTorch: `(images f32[b,3,s,s], rows f32[b,n,1,s,s], columns likewise) -> loss f32[]`."""
+  from kwjax.models import model_info
+
+  torch = import_torch()
+  memory = torch.channels_last if spec["variant"].startswith("channels_last") else torch.contiguous_format
+  network = network.to(memory_format=memory).requires_grad_(False)
+  info = model_info(spec["network"])
+  mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (info.input_mean, info.input_std))
+  measured: list[Any] = []
+  norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+  for norm in norms:
+    norm.register_forward_pre_hook(
+      lambda module, inputs: measured.append(torch.var_mean(inputs[0], (0, 2, 3), correction=0))
+    )
+  reference = [(norm.running_var, norm.running_mean) for norm in norms] + [(std.flatten() ** 2, mean.flatten())]
+
+  def loss_of(pixels: Any, rows: Any, columns: Any) -> Any:
+    measured.clear()
+    views = torch.matmul(torch.matmul(rows, pixels[:, None]), columns).flatten(0, 1).contiguous(memory_format=memory)
+    moments = torch.var_mean(views, (0, 2, 3), correction=0)
+    network((views - mean) / std)
+    terms = []
+    for (var, centre), (found_var, found_mean) in zip(reference, [*measured, moments], strict=True):
+      found_var = found_var + 1e-8
+      kl = 0.5 * (torch.log(found_var / var) - 1 + (var + (centre - found_mean) ** 2) / found_var)
+      terms.append(torch.log1p(kl.clamp_min(0)).mean())
+    return torch.stack(terms).mean()
+
+  return loss_of
 
 
 def draw_views(batch: int, duplicates: int, size: int, augmentation: Any) -> tuple[Any, Any]:

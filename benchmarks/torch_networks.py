@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
+import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -127,12 +129,29 @@ def torch_network(arch: str, *, image_size: int | None = None) -> Any:
   return network.eval()
 
 
-def kwjax_network(arch: str, torch_net: Any, *, image_size: int | None = None) -> Network:
-  """The same network with the same weights, by the converter that users call."""
+def kwjax_network(arch: str, *, image_size: int | None = None) -> Network:
+  """The network of `torch_network` with the same weights, by the converter that users call.
+
+  PyTorch runs in a process of its own and is gone afterwards: its memory is no part of what kwjax needs.
+
+  Raises:
+    KwjaxError: PyTorch cannot make the network; says why.
+  """
   from weights_conversion.convert import convert
 
-  torch = import_torch()
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / f"{arch}.pth"
-    torch.save(torch_net.state_dict(), path)
+    command = [sys.executable, "-m", "benchmarks.torch_networks", arch, str(image_size or 0), str(path)]
+    process = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+    if process.returncode:
+      reason = process.stderr.strip().rpartition("\n")[2] or f"its process ended with {process.returncode}"
+      raise KwjaxError(f"PyTorch cannot make {arch}: {reason}")
     return convert(arch, str(path), image_size=image_size)
+
+
+if __name__ == "__main__":
+  _, _arch, _size, _file = sys.argv
+  try:
+    import_torch().save(torch_network(_arch, image_size=int(_size) or None).state_dict(), _file)
+  except KwjaxError as error:
+    sys.exit(str(error))

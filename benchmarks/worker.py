@@ -6,6 +6,7 @@ Reads one command a line from stdin and answers one line of JSON: a number of st
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import time
 from typing import Any
 
 from experiments.launch import relaunch_with_huge_pages
+from kwjax.errors import KwjaxError
 
 
 def peak_memory() -> int | None:
@@ -27,6 +29,8 @@ def peak_memory() -> int | None:
 
 def forget_peak() -> None:
   """Start a new peak: what compiling took is no cost of a step."""
+  with contextlib.suppress(OSError, AttributeError):
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
   with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as control:
     control.write("5")
 
@@ -71,16 +75,21 @@ def main() -> None:
     import_torch().set_num_threads(cores())
   module = importlib.import_module(spec["module"])
   start = time.perf_counter()
-  step = module.prepare(spec)
-  first = time.perf_counter()
-  step()
+  try:
+    step = module.prepare(spec)
+    first = time.perf_counter()
+    step()
+  except KwjaxError as error:
+    print(json.dumps({"error": str(error)}), file=answers)
+    return
   print(json.dumps({"prepare_s": first - start, "first_step_s": time.perf_counter() - first}), file=answers)
   for line in sys.stdin:
     command = line.strip()
+    answer: Any = None
     if command == "memory":
-      answer: Any = peak_memory()
+      answer = peak_memory()
     elif command == "forget":
-      answer = forget_peak()
+      forget_peak()
     elif command == "peak":
       answer = matmul_peak(spec["framework"])
     else:

@@ -9,7 +9,7 @@ from kwjax.batchnorm.divergence import (
   moment_mse,
   std_mse,
 )
-from kwjax.batchnorm.moments import Moments, Pooled, batch_moments, merge, pool
+from kwjax.batchnorm.moments import Moments, Pooled, batch_moments, merge, over_devices, pool
 from kwjax.batchnorm.observe import (
   INPUT,
   freeze,
@@ -39,6 +39,7 @@ __all__ = [
   "moment_mse",
   "observe",
   "observing",
+  "over_devices",
   "pool",
   "recorded_moments",
   "reference_moments",

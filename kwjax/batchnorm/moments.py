@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from kwjax.runtime import parallel
 
 Array = jax.Array
 
@@ -77,6 +80,30 @@ def _weighted_means(centred: Array, weights: Array, axis_name: str | None) -> Ar
     packed = lax.psum(jnp.append(sums, total), axis_name)
     sums, total = packed[:-1].reshape(sums.shape), packed[-1]
   return sums / jnp.where(total > 0.0, total, 1.0)
+
+
+def over_devices(
+  moments: Mapping[str, Moments], axis_name: str | None, *, share: Array | None = None
+) -> dict[str, Moments]:
+  """Moments of all devices' samples from each device's own: two collectives, however many layers there are.
+
+  mean = sum_d a_d mean_d,  var = sum_d a_d (var_d + (mean_d - mean)^2), with a_d the device's share of the samples.
+
+  Args:
+    moments: `{layer: Moments}` of this device; those that are over all devices already stay as they are.
+    axis_name: mapped axis, or None on one device.
+    share: f32[], a_d of `kwjax.runtime.parallel.weight_share`; None: 1 / D.
+
+  Returns:
+    `{layer: Moments}` in the same order.
+  """
+  if axis_name is None or not moments:
+    return dict(moments)
+  means, unravel = ravel_pytree([m.mean for m in moments.values()])
+  variances, _ = ravel_pytree([m.var for m in moments.values()])
+  mean = parallel.mean(means, axis_name, share)
+  var = parallel.mean(variances + jnp.square(means - mean), axis_name, share)
+  return {name: Moments(*both) for name, both in zip(moments, zip(unravel(mean), unravel(var)), strict=True)}
 
 
 def pool(parts: Sequence[Moments]) -> Moments:

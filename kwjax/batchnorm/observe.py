@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kwjax import intercept
-from kwjax.batchnorm.moments import Moments, batch_moments, pool
+from kwjax.batchnorm.moments import Moments, batch_moments, over_devices, pool
 from kwjax.errors import KwjaxError, NoBatchNormError
 from kwjax.network import ApplyFn, Array, Network, Variables
+from kwjax.runtime import parallel
 
 INPUT = "input"
 """Name of the virtual layer whose statistics are the data set's mean and standard deviation."""
@@ -48,7 +49,8 @@ def observing(
 
   Args:
     apply: what to wrap.
-    axis_name: mapped axis over whose devices batch statistics are averaged, one collective a layer.
+    axis_name: mapped axis over whose devices the statistics of `current` layers are averaged, one collective a layer.
+      Those of the others are recorded as this device's own: `over_devices` pools all of them at once.
     current: paths or regular expressions of the layers that use this batch's statistics; "" matches none, ".*" all.
       Layers that `freeze` attached moments to use those; the others use the running statistics.
     record_moments: whether to leave moments for `recorded_moments`.
@@ -62,8 +64,8 @@ def observing(
     use_current = frozen is None and matches(name, current)
     moments = None
     if record_moments or use_current:
-      weights = _entry_weights(module, x)
-      moments = batch_moments(x, feature_axis=_axis(module), shift=running.mean, axis_name=axis_name, weights=weights)
+      weights, axis = _entry_weights(module, x), axis_name if use_current else None
+      moments = batch_moments(x, feature_axis=_axis(module), shift=running.mean, axis_name=axis, weights=weights)
     if record_moments:
       intercept.record(module, _MOMENTS, moments)
     chosen = moments if use_current else frozen if frozen is not None else running
@@ -237,8 +239,8 @@ def observe(
     raise KwjaxError(f"no BatchNorm layer of {network.name} matches {unknown}; there are {', '.join(names[:8])}, ...")
   moments = intercept.in_order(moments, names)
   if include_input:
-    moments = {INPUT: input_moments(images, network, axis_name=axis_name, weights=weights), **moments}
-  return logits, moments
+    moments = {INPUT: input_moments(images, network, weights=weights), **moments}
+  return logits, over_devices(moments, axis_name, share=parallel.weight_share(weights, axis_name))
 
 
 def reference_moments(network: Network, *, include_input: bool = False) -> dict[str, Moments]:

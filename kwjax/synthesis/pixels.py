@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kwjax.batchnorm import INPUT, bns_loss, input_moments, observing, recorded_moments, reference_moments, weigh
+from kwjax.batchnorm import (
+  INPUT,
+  bns_loss,
+  input_moments,
+  observing,
+  over_devices,
+  recorded_moments,
+  reference_moments,
+  weigh,
+)
 from kwjax.network import Array, Network
 from kwjax.runtime import parallel
 from kwjax.synthesis.augment import augment
@@ -98,13 +107,15 @@ def synthesis_loss(
   offset = parallel.axis_offset(images.shape[0], axis_name)
   views = augment(images, key, config.augmentation, duplicates=n, fill=mean, offset=offset)
   reference = reference_moments(network, include_input=objective.include_input) if objective.needs_statistics else {}
-  apply = observing(network.forward, axis_name=axis_name, record_moments=objective.needs_statistics)
+  apply = observing(network.forward, record_moments=objective.needs_statistics)
   view_weights = None if weights is None else jnp.repeat(jnp.asarray(weights, jnp.float32), n)
   variables = network.variables if view_weights is None else weigh(network.variables, view_weights)
   logits, mutated = apply(variables, views)
   measured = recorded_moments(mutated)
   if objective.include_input and objective.needs_statistics:
-    measured[INPUT] = input_moments(views, network, axis_name=axis_name, weights=view_weights)
+    measured[INPUT] = input_moments(views, network, weights=view_weights)
+  # All layers in one collective: one a layer would make the devices wait for each other at every layer.
+  measured = over_devices(measured, axis_name, share=parallel.weight_share(weights, axis_name))
   evidence = Evidence(
     images=images,
     views=views,
