@@ -49,7 +49,7 @@ def prepare(spec: harness.Spec) -> Callable[[], None]:
 def _prepare_kwjax(spec: harness.Spec) -> Callable[[], None]:
   import jax
 
-  from kwjax.runtime.parallel import device_group
+  from experiments.common import every_device
   from kwjax.synthesis import SynthesisConfig
   from kwjax.synthesis.pixels import initial_images, initial_state
   from kwjax.synthesis.synthesize import compiled_step
@@ -57,16 +57,20 @@ def _prepare_kwjax(spec: harness.Spec) -> Callable[[], None]:
   network = kwjax_network(spec["network"], image_size=spec["image_size"])
   config = SynthesisConfig.for_network("bns", spec["image_size"])
   config = config.replace(batch_size=spec["batch"], duplicates=spec["duplicates"])
-  group, key = device_group(spec.get("devices")), jax.random.key(0)
-  state = initial_state(config, initial_images(config, key, spec["batch"], network.image_shape))
+  group, key = every_device(spec.get("devices")), jax.random.key(0)
+  # Padding, where the batch does not divide over the devices, has weight zero.
+  padded = group.padded(spec["batch"])
+  state = initial_state(config, initial_images(config, key, padded, network.image_shape))
   state = jax.tree.map(lambda leaf: group.shard(leaf) if leaf.ndim else group.replicate(leaf), state)
-  labels = group.shard(jax.numpy.zeros(spec["batch"], "int32"))
+  labels = group.shard(jax.numpy.zeros(padded, "int32"))
+  weights = group.weights(spec["batch"])
+  weights = None if weights is None else group.place(weights)
   network, key = group.replicate(network), group.replicate(key)
   step = compiled_step(config, group)
 
   def run() -> None:
     nonlocal state
-    state, metrics = step(state, labels, network, key, None)
+    state, metrics = step(state, labels, network, key, weights)
     metrics["loss"].block_until_ready()
 
   return run

@@ -63,12 +63,14 @@ def main() -> None:
   spec: dict[str, Any] = json.loads(sys.argv[1])
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)  # what libraries print must not look like an answer
-  from experiments.common import keep_freed_memory, use_compilation_cache
+  from experiments.common import keep_freed_memory, use_compilation_cache, use_every_core
 
   # Both sides run with the same allocator settings.
   keep_freed_memory()
   if spec["framework"] == "kwjax":
+    # As the experiments do it.
     use_compilation_cache()
+    use_every_core(spec.get("devices"))
   else:
     from benchmarks.torch_networks import import_torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -93,23 +94,23 @@ def _left_in_cgroups() -> list[int]:
   return found
 
 
-def check(need: Need, device: jax.Device) -> None:
+def check(need: Need, devices: Sequence[jax.Device]) -> None:
   """Refuse a run that clearly does not fit, before hours are spent on it.
 
   Args:
     need: what `predict` said.
-    device: one of those that the steps run on; its memory is the host's if it is a CPU.
+    devices: those of this process that the steps run on; the memory of CPUs is the host's, which they share.
 
   Raises:
     KwjaxError: saying what is needed, what there is, and which options need less.
   """
-  host = available_on_host()
+  host, device = available_on_host(), devices[0]
   stats = device.memory_stats() or {} if device.platform != "cpu" else {}
   needs = {"the machine": (need.host, host)}
   if "bytes_limit" in stats:
     needs[f"a {device.device_kind}"] = (need.device, stats["bytes_limit"] - stats.get("bytes_in_use", 0))
   elif device.platform == "cpu":
-    needs["the machine"] = (need.host + need.device, host)
+    needs["the machine"] = (need.host + len(devices) * need.device, host)
   for where, (wanted, left) in needs.items():
     if left is not None and wanted > left:
       raise KwjaxError(

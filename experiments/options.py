@@ -74,7 +74,7 @@ class Options:
   seed: int = 0
   """Seed of everything random."""
   devices: int | None = None
-  """Devices of each process that the work is spread over. Default: all accelerators, or one CPU."""
+  """Devices of each process that the work is spread over. Default: all accelerators, or one a CPU core."""
   coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
   """Where process 0 of a run of several processes is reached. SLURM (srun), Open MPI and Cloud TPU need none of these three;
   see docs/many_devices.md."""

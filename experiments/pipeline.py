@@ -12,7 +12,16 @@ import jax
 import numpy as np
 
 from experiments import cost, memory, results
-from experiments.common import Stages, get_network, in_workdir, keep_freed_memory, say, use_compilation_cache
+from experiments.common import (
+  Stages,
+  every_device,
+  get_network,
+  in_workdir,
+  keep_freed_memory,
+  say,
+  use_compilation_cache,
+  use_every_core,
+)
 from experiments.options import Options, Sizes, result_settings, run_folder, sizes, synthesis_config
 from experiments.scoring import Scorer
 from kwjax.analysis.similarity import Similarity, measure
@@ -33,7 +42,7 @@ from kwjax.quantization.integer import representable_weights
 from kwjax.runtime import processes
 from kwjax.runtime.data import ImageData, load_data
 from kwjax.runtime.files import canonical_json, settings_differences
-from kwjax.runtime.parallel import device_group
+from kwjax.runtime.parallel import DeviceGroup
 from kwjax.runtime.workdir import Shutdown
 from kwjax.synthesis import SampleSet, SynthesisConfig, starting_images, synthesize
 
@@ -45,6 +54,7 @@ class Job(NamedTuple):
   """Everything a stage needs."""
 
   options: Options
+  group: DeviceGroup
   network: Network
   chosen: Sizes
   config: SynthesisConfig
@@ -88,10 +98,11 @@ def run(options: Options, *, name: str, default: str | None) -> int:
     KwjaxError: anything the user can mend.
     Interrupted: the run was asked to stop.
   """
+  use_every_core(options.devices)
   processes.initialize(options.coordinator, options.num_processes, options.process_id)
   use_compilation_cache()
   keep_freed_memory()
-  group = device_group(options.devices)
+  group = every_device(options.devices)
   network = get_network(options, default=default)
   rules = parse_rules(options, network)
   chosen = sizes(options, network)
@@ -102,7 +113,7 @@ def run(options: Options, *, name: str, default: str | None) -> int:
   if options.dry_run and processes.is_main():
     labelled = len(eval_data) if eval_data else 0
     print(cost.describe(network, config, chosen, tuple(rules), folder, labelled=labelled, need=need))
-  memory.check(need, jax.local_devices()[0])
+  memory.check(need, group.local.devices)
   if options.dry_run:
     return 0
   check_same_settings(options, network)
@@ -110,7 +121,7 @@ def run(options: Options, *, name: str, default: str | None) -> int:
 
   def work(folder: pathlib.Path, shutdown: Shutdown) -> None:
     stages = Stages(folder, result_settings(options, network))
-    execute(Job(options, network, chosen, config, rules, stages, shutdown, eval_data, real_data))
+    execute(Job(options, group, network, chosen, config, rules, stages, shutdown, eval_data, real_data))
 
   in_workdir(folder, options, work)
   return 0
@@ -187,7 +198,7 @@ def execute(job: Job) -> None:
     job.network,
     held_out,
     job.eval_data,
-    devices=job.options.devices,
+    devices=job.group,
     should_stop=lambda: job.shutdown.requested,
   )
   float_result = job.stages.once("float", lambda: scorer.score(job.network))
@@ -229,7 +240,7 @@ def make_images(job: Job, config: SynthesisConfig, folder: str, stream: int) -> 
     num_images=job.total,
     key=job.key(stream),
     workdir=job.stages.folder / folder,
-    devices=job.options.devices,
+    devices=job.group,
     progress=config.is_optimized,
     checkpoint_seconds=job.options.checkpoint_seconds,
     should_stop=lambda: job.shutdown.requested,
@@ -261,7 +272,7 @@ def _similarities(job: Job, calibration: Mapping[str, np.ndarray]) -> dict[str, 
           images(),
           include_input=True,
           batch_size=32,
-          devices=job.options.devices,
+          devices=job.group,
           should_stop=lambda: job.shutdown.requested,
         )
       )
@@ -319,7 +330,7 @@ def _range_table(job: Job, data: str, images: np.ndarray) -> RangeTable:
       images,
       batch_size=32,
       progress=True,
-      devices=job.options.devices,
+      devices=job.group,
       should_stop=lambda: job.shutdown.requested,
     )
     return table.to_json()
@@ -343,7 +354,7 @@ def fine_tune(
     distill_config(job),
     key=job.key(_DISTILL_KEY),
     workdir=job.stages.folder,
-    devices=job.options.devices,
+    devices=job.group,
     progress=True,
   )
   score = job.stages.once("distilled", lambda: scorer.score(tuned))

@@ -12,6 +12,7 @@ from kwjax.network import Network
 from kwjax.quantization import QuantizedNetwork
 from kwjax.runtime.data import ImageData
 from kwjax.runtime.evaluate import predict, score_logits
+from kwjax.runtime.parallel import DeviceGroup
 
 HELD_OUT, EVAL = "held_out", "eval"
 
@@ -25,7 +26,7 @@ class Scorer:
     held_out: np.ndarray,
     eval_data: ImageData | None,
     *,
-    devices: int | None,
+    devices: DeviceGroup,
     should_stop: Callable[[], bool],
   ) -> None:
     """Takes the float network and the sets; forwards nothing yet.
@@ -34,7 +35,7 @@ class Scorer:
       network: the float network.
       held_out: images f32[n,h,w,c], for agreement only.
       eval_data: images for agreement and, where they have labels, accuracy; or None.
-      devices: of each process.
+      devices: those that the images are spread over.
       should_stop: asked between batches.
     """
     self._network, self._devices, self._should_stop = network, devices, should_stop

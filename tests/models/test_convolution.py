@@ -212,3 +212,25 @@ def test_narrow_convolutions_are_widened_on_cpus_and_native_elsewhere():
   traced = convolve.trace(images, kernel)
   assert "8x8x17xf32" in traced.lower(lowering_platforms=("cpu",)).as_text()
   assert "8x8x17xf32" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize(
+  ("batch", "height", "width", "padding"), [(2, 8, 8, "SAME"), (3, 9, 14, ((1, 0), (2, 1))), (8, 4, 6, "VALID")]
+)
+def test_winograd_gradient_is_that_of_lax(batch, height, width, padding):
+  keys = jax.random.split(jax.random.key(2))
+  images, kernel = (
+    jax.random.normal(keys[0], (batch, height, width, 64)),
+    jax.random.normal(keys[1], (3, 3, 64, 80)) / 24,
+  )
+
+  def gradient(function, precision=None):
+    def loss(x):
+      return jnp.sum(jnp.sin(function(x, kernel, (1, 1), padding, dimension_numbers=_LAYOUT, precision=precision)))
+
+    return jax.jit(jax.grad(loss))
+
+  ours, exact = gradient(conv_general_dilated), gradient(lax.conv_general_dilated)
+  np.testing.assert_allclose(ours(images), exact(images), atol=2e-5)
+  assert "36x" in ours.lower(images).as_text(), "the gradient was not Winograd's"
+  assert "36x" not in gradient(conv_general_dilated, "highest").lower(images).as_text()
