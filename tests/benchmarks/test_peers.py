@@ -29,9 +29,9 @@ LAYOUTS = ("contiguous", "channels_last")
 
 
 @functools.cache
-def converted(name: str) -> Network:
+def converted(name: str, size: int = SIZE) -> Network:
   try:
-    return kwjax_network(name, image_size=SIZE)
+    return kwjax_network(name, image_size=size)
   except KwjaxError as error:
     pytest.skip(str(error))
 
@@ -86,31 +86,58 @@ def test_peer_draws_views_of_the_images(augmentation: Augmentation) -> None:
     assert ((area**2 > 0.39) & (area**2 < 1.01)).all()
 
 
-@pytest.mark.parametrize(
-  ("name", "layout", "bits", "tolerance"),
-  [
-    ("resnet20", "contiguous", "8w8a", 1e-3),
-    ("resnet20", "channels_last", "4w4a", 1e-3),
-    pytest.param("mobilenet_v2", "channels_last", "8w8a", 1e-3, marks=pytest.mark.slow),
-  ],
-)
-def test_fine_tuning_has_the_same_loss_gradients_and_statistics(
-  name: str, layout: str, bits: str, tolerance: float
-) -> None:
-  teacher = converted(name)
-  spec = spec_of(name, layout, bits=bits, first_last="8w8a")
-  images = calibrate.noise_images(BATCH, SIZE)
-  state = initial_state(distill_step.kwjax_student(spec, teacher), DistillConfig.preset("short"))
-  step = jax.jit(functools.partial(one_step, config=DistillConfig.preset("short")))
-  state, metrics = step(state, images, teacher)
-  # After the first step the momentum is the gradient itself.
-  gradients = optax.tree_utils.tree_get(state.optimizer, "trace")
-  student, loss_of = distill_step.torch_loss(spec, torch_network(name, image_size=SIZE))
-  loss = loss_of(torch.from_numpy(images).permute(0, 3, 1, 2))
-  loss.backward()
-  print({k: v.shape for k, v in student.named_parameters()}, jax.tree.map(lambda x: x.shape, gradients))
-  print(distance(loss.item(), metrics["kl"]))
-  assert 0
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "bits"), [("contiguous", "8w8a"), ("channels_last", "4w4a")])
+def test_fine_tuning_has_the_same_loss_gradients_and_statistics(layout: str, bits: str) -> None:
+  """Few values, several sets of images and the median over them.
+
+  One activation that lies at a tie and is rounded the other way changes the loss by a thousandth and the first layer's
+  gradient by a fifth: scaling kwjax's own images by 1 + 1e-7 does so. Wrong arithmetic would show with every set.
+  """
+  size, count, sets = 8, 4, 7
+  teacher, config = converted("resnet20", size), DistillConfig.preset("short")
+  spec = {**spec_of("resnet20", layout, bits=bits, first_last="8w8a"), "image_size": size, "batch": count}
+  quantized = distill_step.kwjax_student(spec, teacher)
+  step = jax.jit(functools.partial(one_step, config=config))
+  student, loss_of = distill_step.torch_loss(spec, torch_network("resnet20", image_size=size))
+  before = student.bn1.running_mean.clone()
+  distances: dict[str, list[float]] = {name: [] for name in ("loss", "first", "last", "mean", "bias")}
+  for images in np.split(calibrate.noise_images(sets * count, size), sets):
+    state, metrics = step(initial_state(quantized, config), images, teacher)
+    # After the first step the momentum is the gradient itself.
+    gradient = optax.tree_utils.tree_get(state.optimizer, "trace")
+    student.zero_grad()
+    student.bn1.running_mean.copy_(before)
+    loss = loss_of(torch.from_numpy(images).permute(0, 3, 1, 2))
+    loss.backward()
+    first, last = (module.parametrizations.weight.original.grad for module in (student.conv1, student.linear))
+    statistics = state.student.variables["batch_stats"]
+    for name, found, expected in (
+      ("loss", loss.item(), metrics["kl"]),
+      ("first", first.permute(2, 3, 1, 0), gradient["conv1"]["kernel"]),
+      ("last", last.T, gradient["linear"]["kernel"]),
+      ("bias", student.layer3[2].bn2.bias.grad, gradient["layer3_2"]["bn2"]["bias"]),
+      ("mean", student.bn1.running_mean, statistics["bn1"]["mean"]),
+    ):
+      distances[name].append(distance(found, expected))
+  median = {name: float(np.median(values)) for name, values in distances.items()}
+  assert max(median[name] for name in ("loss", "last", "bias", "mean")) < 1e-3, distances
+  assert median["first"] < 2e-2, distances
+
+
+def test_peer_fine_tunes_without_dropout() -> None:
+  try:
+    network = torch_network("mobilenet_v2", image_size=32)
+  except KwjaxError as error:
+    pytest.skip(str(error))
+  spec = {**spec_of("mobilenet_v2", "channels_last", bits="4w4a", first_last="8w8a"), "image_size": 32}
+  student, loss_of = distill_step.torch_loss(spec, network)
+  images = torch.from_numpy(calibrate.noise_images(BATCH, 32)).permute(0, 3, 1, 2)
+  before = student.features[0][1].running_mean.clone()
+  losses = [loss_of(images).item() for _ in range(2)]
+  assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+  assert losses[0] > 0
+  assert not torch.equal(before, student.features[0][1].running_mean)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
