@@ -179,7 +179,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
       axes.set_xlabel(f"{unit} of optimization")
       axes.set_ylabel("$J_{KL}$ (nats)")
       axes.grid(which="both", color="#dddddd", linewidth=0.5)
-      axes.legend(frameon=False, fontsize=9)
+      axes.legend(frameon=False, fontsize=9, loc="upper right")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})

@@ -43,6 +43,8 @@ _CLEAN_EVERY = 5
 def candidates(image_size: int, batch: int) -> dict[str, SynthesisConfig]:
   """The settings that are compared; a variation changes what its name says of the default and nothing else.
 
+  "training" is the augmentation that the networks were trained with; "+clean" leaves one of two copies as it is.
+
   Args:
     image_size: side of the images in pixels.
     batch: images optimized together, under all settings.
@@ -50,7 +52,6 @@ def candidates(image_size: int, batch: int) -> dict[str, SynthesisConfig]:
   default = SynthesisConfig.for_network("bns", image_size).replace(batch_size=batch)
   training = Augmentation.training(image_size)
   variations: dict[str, dict[str, Any]] = {
-    "1 copy": {"duplicates": 1},
     "2 copies": {"duplicates": 2},
     "4 copies": {"duplicates": 4},
     "from randn": {"init": "randn"},
@@ -58,10 +59,12 @@ def candidates(image_size: int, batch: int) -> dict[str, SynthesisConfig]:
     "lr 0.05": {"learning_rate": 0.05},
     "lr 0.2": {"learning_rate": 0.2},
     "lr 0.3": {"learning_rate": 0.3},
+    "beta2 0.99": {"betas": (0.9, 0.99)},
     "training": {"augmentation": training},
-    "training+clean": {"augmentation": dataclasses.replace(training, keep_first=True)},
+    "training, 2 copies": {"augmentation": training, "duplicates": 2},
+    "training+clean": {"augmentation": dataclasses.replace(training, keep_first=True), "duplicates": 2},
     "paper set": {"augmentation": Augmentation.paper()},
-    "pad 1": {"augmentation": Augmentation(pad_crop=1, flip=True)},
+    "crop": {"augmentation": Augmentation(crop_resize=(0.8, 1.0), flip=True)},
     "flip": {"augmentation": Augmentation(flip=True)},
   }
   changed = {name: default.replace(**fields) for name, fields in variations.items()}

@@ -56,6 +56,8 @@ def batch_moments(
   Source: Chan, Golub & LeVeque (1983), "Algorithms for computing the sample variance", shifted data.
   """
   x = jnp.moveaxis(jnp.asarray(x, jnp.float32), feature_axis, -1)
+  if axis_name is None and weights is None:
+    return Moments(*_two_pass(x))
   s = jnp.zeros(x.shape[-1], jnp.float32) if shift is None else lax.stop_gradient(jnp.asarray(shift, jnp.float32))
   centred = x - s
   if weights is None:
@@ -67,6 +69,26 @@ def batch_moments(
     first, second = _weighted_means(centred, jnp.asarray(weights, jnp.float32), axis_name)
   # Rounding can leave a constant channel slightly below zero, and log() of that is NaN.
   return Moments(s + first, jnp.maximum(second - jnp.square(first), 0.0))
+
+
+@jax.custom_jvp
+def _two_pass(x: Array) -> tuple[Array, Array]:
+  """Mean and biased variance f32[c] of f32[...,c]: E[x], then E[(x - E[x])^2]."""
+  axes = tuple(range(x.ndim - 1))
+  mean = jnp.mean(x, axes)
+  return mean, jnp.mean(jnp.square(x - mean), axes)
+
+
+@_two_pass.defjvp
+def _two_pass_jvp(
+  primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+  """d mean = E[dx], d var = 2 E[(x - mean) dx]: what the mean adds to the variance's derivative is zero, and is left out."""
+  (x,), (dx,) = primals, tangents
+  axes = tuple(range(x.ndim - 1))
+  mean, var = _two_pass(x)
+  scaled = dx * (1.0 / max(x[..., 0].size, 1))
+  return (mean, var), (jnp.sum(scaled, axes), jnp.sum(2.0 * (x - mean) * scaled, axes))
 
 
 def _weighted_means(centred: Array, weights: Array, axis_name: str | None) -> Array:

@@ -89,6 +89,8 @@ def scatter_taps(
           phase = sent if phase is None else phase + sent
       if phase is None:  # a stride larger than the window leaves inputs that no window sees
         continue
+      # Inside one loop with what uses it, each element would choose among the phases' sums.
+      phase = lax.optimization_barrier(phase)
       interleave = [(0, 0, 0)]
       for axis, start in enumerate((row_phase, column_phase)):
         low = start - window.padding[axis][0]

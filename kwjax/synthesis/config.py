@@ -96,9 +96,12 @@ class SynthesisConfig:
   def for_network(cls, scheme: str, image_size: int) -> SynthesisConfig:
     """Defaults for a scheme: what was measured to be best within a few hundred steps.
 
-    Against the published settings: the network's own training augmentation, which is what its statistics were taken
-    under; dead leaves instead of noise as the starting point; a cosine instead of drops; and log(1 + KL), because a few
-    rarely active channels of networks with ReLU6 would otherwise outweigh all others.
+    Against the published settings: dead leaves instead of noise as the starting point; a cosine instead of drops; and
+    log(1 + KL), because a few rarely active channels of networks with ReLU6 would otherwise outweigh all others. A single
+    view of each image, because each further one makes a step as much longer. And another augmentation: random resized
+    crop and flip on large images; on small ones flip and a crop with one pixel of zero padding in 32, fewer than the
+    networks were trained with, so that the images themselves get the right statistics and not their views alone, and
+    no resizing, which hides noise at the scale of a pixel from the network.
 
     Args:
       scheme: one of SCHEMES.
@@ -119,8 +122,8 @@ class SynthesisConfig:
       drops=(),
       learning_rate=0.1 if small else 0.01,
       batch_size=128 if small else 32,
-      duplicates=2 if small else 1,
-      augmentation=Augmentation.training(image_size),
+      duplicates=1,
+      augmentation=_gentle(image_size) if small else Augmentation.training(image_size),
       init="dead_leaves",
       labels="balanced",
     )
@@ -156,6 +159,10 @@ class SynthesisConfig:
       duplicates=duplicates,
       labels="random",
     )
+
+
+def _gentle(image_size: int) -> Augmentation:
+  return Augmentation(pad_crop=max(1, image_size // 32), flip=True)
 
 
 # Row: (batch size, copies, whether it follows the long schedules).

@@ -16,6 +16,7 @@ from kwjax.runtime.workdir import lock_workdir
 from kwjax.synthesis import (
   PAPER_ROWS,
   SCHEMES,
+  Augmentation,
   Evidence,
   SynthesisConfig,
   batch_sizes,
@@ -186,6 +187,20 @@ def test_presets_are_appendix_a1() -> None:
   schedule = SynthesisConfig.preset("bns", "mobilenet_v2_imagenet").learning_rate_at()
   rates = [float(schedule(step)) for step in (0, 1499, 1501, 4201)]
   np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.001], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "pad"), [(8, 1), (32, 1), (64, 2)])
+def test_default_for_small_images_is_one_gently_moved_view(size: int, pad: int) -> None:
+  for scheme in ("bns", "inception", "bns+inception"):
+    settings = SynthesisConfig.for_network(scheme, size)
+    assert settings.duplicates == 1
+    assert settings.augmentation == Augmentation(pad_crop=pad, flip=True)
+
+
+def test_default_for_large_images_is_their_training_augmentation() -> None:
+  settings = SynthesisConfig.for_network("bns", 224)
+  assert settings.duplicates == 1
+  assert settings.augmentation == Augmentation.training(224) == Augmentation(crop_resize=(0.4, 1.0), flip=True)
 
 
 @pytest.mark.parametrize(
