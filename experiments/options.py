@@ -111,11 +111,11 @@ class Sizes:
 
 _PRESETS: dict[tuple[str, bool], Sizes] = {
   # (preset, whether images are small): CIFAR-sized networks and ImageNet-sized ones
-  ("cpu", True): Sizes(384, 128, 120, 128, 2, 120, 64, 200, 256),
+  ("cpu", True): Sizes(384, 128, 120, 128, 1, 120, 64, 200, 256),
   ("cpu", False): Sizes(40, 24, 60, 32, 1, 40, 16, 200, 256),
   ("paper", True): Sizes(500, 125, 1000, 800, 4, 16000, 256, 200, 256),
   ("paper", False): Sizes(10000, 2500, 1000, 80, 4, 44000, 256, 200, 256),
-  ("smoke", True): Sizes(8, 2, 3, 10, 2, 2, 4, 2, 16),
+  ("smoke", True): Sizes(8, 2, 3, 10, 1, 2, 4, 2, 16),
   ("smoke", False): Sizes(3, 1, 2, 4, 1, 1, 2, 2, 16),
 }
 

@@ -37,10 +37,9 @@ def batch_moments(
 ) -> Moments:
   """Biased moments of x over all axes but the feature axis, in float32.
 
-  mean = s + E[x - s],  var = E[(x - s)^2] - E[x - s]^2, with s the shift and E[f] = sum_i w_i f_i / sum_i w_i.
-
-  With s near the true mean the one pass over the data loses no digits (with s = 0 the variance is wrong by 2e-3 at mean
-  10 and standard deviation 0.1), and one collective a layer is enough, where the two-pass form needs two.
+  mean = E[x],  var = E[(x - mean)^2], with E[f] = sum_i w_i f_i / sum_i w_i. Over devices or with weights
+  mean = s + E[x - s],  var = E[(x - s)^2] - E[x - s]^2, with s the shift: near the true mean it loses no digits (with s = 0
+  the variance is wrong by 2e-3 at mean 10 and standard deviation 0.1), and one collective a layer is enough.
 
   Args:
     x: activations, any float type, feature axis of size c.
@@ -80,10 +79,8 @@ def _two_pass(x: Array) -> tuple[Array, Array]:
 
 
 @_two_pass.defjvp
-def _two_pass_jvp(
-  primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-  """d mean = E[dx], d var = 2 E[(x - mean) dx]: what the mean adds to the variance's derivative is zero, and is left out."""
+def _two_pass_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+  """Tangents E[dx] and 2 E[(x - mean) dx]: what the mean adds to the variance's derivative is zero, and is left out."""
   (x,), (dx,) = primals, tangents
   axes = tuple(range(x.ndim - 1))
   mean, var = _two_pass(x)

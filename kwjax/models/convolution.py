@@ -68,7 +68,9 @@ def conv_general_dilated(
   Returns: f32[b,oh,ow,c].
   """
   depthwise = lhs.ndim == 4 and feature_group_count == lhs.shape[3] == rhs.shape[3] > 1
-  if _is_pointwise(lhs, rhs, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count):
+  if _is_pointwise(
+    lhs, rhs, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count
+  ):
     down, right = window_strides
     # A matrix product says the same and is what the libraries of every platform are best at, in both gradients too.
     seen = lhs if down == right == 1 else lhs[:, ::down, ::right]

@@ -1,5 +1,7 @@
 """Moments against float64 NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,3 +96,19 @@ def test_pool_of_equal_samples() -> None:
   got = pool(parts)
   np.testing.assert_allclose(got.mean, x.reshape(-1, 3).mean(0), rtol=1e-6)
   np.testing.assert_allclose(got.var, x.reshape(-1, 3).var(0), rtol=1e-6)
+
+
+def test_moments_can_be_differentiated_forwards_backwards_and_twice():
+  x = jax.random.normal(jax.random.key(3), (4, 3, 2)) * 3.0 + 5.0
+
+  def plain(x):
+    mean = x.mean((0, 1))
+    return mean, ((x - mean) ** 2).mean((0, 1))
+
+  def scalar(function, x):
+    mean, var = function(x)
+    return jnp.sum(jnp.sin(mean) * var + var**2)
+
+  for transform in (jax.grad, jax.hessian, lambda f: jax.jacfwd(jax.jacrev(f)), lambda f: jax.jacfwd(f)):
+    ours, theirs = (transform(functools.partial(scalar, f))(x) for f in (lambda x: tuple(batch_moments(x)), plain))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
