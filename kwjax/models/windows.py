@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+"""Of images, kernels and results, as `lax.conv_general_dilated` names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,3 +104,16 @@ def scatter_taps(
       total = spread if total is None else total + spread
   assert total is not None
   return total
+
+
+def native_convolution(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
+  """The convolution that XLA has: images f32[b,h,w,c], kernel f32[kh,kw,c / groups,d] -> f32[b,oh,ow,d]."""
+  return lax.conv_general_dilated(
+    images,
+    kernel,
+    window.stride,
+    window.padding,
+    dimension_numbers=LAYOUT,
+    feature_group_count=images.shape[3] // kernel.shape[2],
+    precision=precision,
+  )

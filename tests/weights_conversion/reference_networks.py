@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from benchmarks.torch_networks import import_torchvision
 
 NUM_CLASSES = 10
 TORCHVISION = ("resnet18", "resnet50", "mobilenet_v2", "densenet121")
@@ -37,24 +37,6 @@ def seeded_state_dict(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.nda
 def random_images(shape: tuple[int, ...]) -> np.ndarray:
   """Images in [0, 1], NHWC."""
   return np.random.RandomState(0).uniform(0, 1, shape).astype(np.float32)
-
-
-@functools.cache
-def import_torchvision() -> Any:
-  """torchvision, also where its compiled operators do not fit the installed PyTorch: the networks need none of them."""
-  import torch
-
-  library = torch.library.Library("torchvision", "FRAGMENT")
-  for signature in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor d, Tensor s, float t) -> Tensor",
-  ):
-    with contextlib.suppress(RuntimeError):
-      library.define(signature)
-  import torchvision
-
-  torchvision.operators_kept_alive = library
-  return torchvision
 
 
 def torchvision_network(arch: str) -> Any:

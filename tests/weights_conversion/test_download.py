@@ -197,7 +197,7 @@ def test_hashes_in_file_names(name, expected):
 
 
 def test_the_published_files_are_those_that_torchvision_names():
-  from reference_networks import import_torchvision
+  from benchmarks.torch_networks import import_torchvision
 
   pytest.importorskip("torch")
   models = import_torchvision().models

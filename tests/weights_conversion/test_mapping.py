@@ -5,8 +5,9 @@ import types
 import numpy as np
 import pytest
 from checkpoint_files import save_state_dict
-from reference_networks import import_torchvision, seeded_state_dict
+from reference_networks import seeded_state_dict
 
+from benchmarks.torch_networks import import_torchvision
 from kwjax.errors import KwjaxError, WeightsError
 from kwjax.models import known_models, model_info
 from weights_conversion import convert, embedded_checkpoint, load_torch_state_dict, to_flax

@@ -1,0 +1,85 @@
+"""Dense convolutions of stride 1 that are fast on CPUs too: narrow ones, and 3x3 ones with a faster gradient to the images.
+
+One of up to 16 channels, which XLA's CPU backend keeps from its library kernels, runs at two thirds of the rate of one with
+a 17th channel, even one of zeros. The gradient of wide 3x3 ones to their images takes half the time by Winograd's algorithm.
+Other platforms keep the native convolution.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kwjax.models import winograd
+from kwjax.models.windows import Window, native_convolution
+
+_NARROW = 16  # channels up to which the library kernels are not used
+
+
+def is_narrow(kernel: Array) -> bool:
+  """Whether a kernel f32[kh,kw,c,d] has so few channels that XLA's CPU backend keeps it from its library kernels."""
+  return max(kernel.shape[2:]) <= _NARROW
+
+
+def _widened(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
+  """A narrow convolution with channels of zeros added, where they cost less than they bring."""
+  channels, features = kernel.shape[2:]
+  if features < _NARROW // 2 or not is_narrow(kernel):
+    return native_convolution(images, kernel, window, precision)
+  if channels >= _NARROW // 2:
+    missing = _NARROW + 1 - channels
+    images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    return native_convolution(images, jnp.pad(kernel, ((0, 0), (0, 0), (0, missing), (0, 0))), window, precision)
+  wide = jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, _NARROW + 8 - features)))  # whole vectors of 8
+  return native_convolution(images, wide, window, precision)[..., :features]
+
+
+def _mirrored(window: Window) -> Window:
+  """Geometry of the transpose of a convolution of stride 1, itself a convolution of stride 1."""
+  (top, bottom), (left, right) = window.padding
+  rows, columns = window.size[0] - 1, window.size[1] - 1
+  return Window(window.size, (1, 1), ((rows - top, rows - bottom), (columns - left, columns - right)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def dense(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
+  """Convolution of stride 1: images f32[b,h,w,c], kernel f32[kh,kw,c,d] -> f32[b,oh,ow,d]; reverse mode only.
+
+  With a precision other than None its gradient is never Winograd's, whose rounding errors are ten times larger.
+  """
+  return lax.platform_dependent(
+    images,
+    kernel,
+    cpu=lambda x, k: _widened(x, k, window, precision),
+    default=lambda x, k: native_convolution(x, k, window, precision),
+  )
+
+
+def _dense_forward(images: Array, kernel: Array, window: Window, precision: Any) -> tuple[Array, tuple[Array, Array]]:
+  return dense(images, kernel, window, precision), (images, kernel)
+
+
+def _dense_backward(
+  window: Window, precision: Any, residuals: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+  images, kernel = residuals
+
+  def mirrored(k: Array, g: Array) -> Array:
+    return dense(g, jnp.swapaxes(k[::-1, ::-1], 2, 3), _mirrored(window), precision)
+
+  if precision is None and winograd.is_worthwhile(images.shape, kernel.shape):
+    padding = _mirrored(window).padding
+    to_images = lax.platform_dependent(
+      kernel, cotangent, cpu=lambda k, g: winograd.transposed_convolve(g, k, padding), default=mirrored
+    )
+  else:
+    to_images = mirrored(kernel, cotangent)
+  to_kernel = jax.linear_transpose(lambda k: native_convolution(images, k, window, precision), kernel)(cotangent)[0]
+  return to_images, to_kernel
+
+
+dense.defvjp(_dense_forward, _dense_backward)
