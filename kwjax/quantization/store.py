@@ -96,7 +96,8 @@ def load_integer_weights(folder: str | pathlib.Path) -> dict[str, QTensor]:
     arrays = safetensors.numpy.load(_check_digest(folder / INTEGER_FILE, digest))
   except (safetensors.SafetensorError, ValueError) as error:
     raise WeightsError(f"{folder / INTEGER_FILE} is not a safetensors file: {error}") from error
-  layers = dict.fromkeys(name.rpartition("/")[0] for name in arrays)
+  # safetensors returns them in another order at every call.
+  layers = dict.fromkeys(name.rpartition("/")[0] for name in sorted(arrays))
   return {layer: QTensor(*(jnp.asarray(arrays[f"{layer}/{field}"]) for field in QTensor._fields)) for layer in layers}
 
 
