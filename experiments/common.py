@@ -39,7 +39,7 @@ def use_compilation_cache() -> None:
   """Keep compiled programs between runs, unless the user has chosen a place or a policy already."""
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def keep_freed_memory() -> None:
