@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.torch_networks import import_torch, kwjax_network, torch_network
+from benchmarks.torch_networks import import_torch
+from kwjax.network import Network
+from kwjax.runtime.parallel import DeviceGroup
 
-NETWORKS = ("resnet44", "resnet18", "mobilenet_v2", "densenet121", "efficientnet_lite0")
 _BATCH = 64  # what `kwjax.calibrate` forwards at a time
 
 
@@ -29,10 +30,7 @@ def build(name: str, arguments: argparse.Namespace) -> harness.Spec:
   Raises:
     KwjaxError: the network is unknown.
   """
-  from kwjax.models import model_info
-
-  info = model_info(name)
-  size = arguments.image_size or info.image_shape[0]
+  size, _ = harness.sizes(name, arguments)
   images = arguments.images or (256 if size <= 64 else 64)
   return {
     "image_size": size,
@@ -47,19 +45,11 @@ def noise_images(count: int, size: int) -> np.ndarray:
   return np.random.default_rng(0).random((count, size, size, 3), np.float32)
 
 
-def prepare(spec: harness.Spec) -> Callable[[], None]:
+def prepare_kwjax(spec: harness.Spec, network: Network, group: DeviceGroup) -> Callable[[], None]:
   """A function that observes all images and waits for the table."""
-  if spec["framework"] == "kwjax":
-    return _prepare_kwjax(spec)
-  return prepare_torch(spec, torch_network(spec["network"], image_size=spec["image_size"]))
-
-
-def _prepare_kwjax(spec: harness.Spec) -> Callable[[], None]:
   from kwjax.quantization import observe_ranges
-  from kwjax.runtime.parallel import device_group
 
-  network = kwjax_network(spec["network"], image_size=spec["image_size"])
-  images, group = noise_images(spec["images"], spec["image_size"]), device_group(spec.get("devices"))
+  images = noise_images(spec["images"], spec["image_size"])
 
   def run() -> None:
     observe_ranges(network, images, batch_size=spec["batch"], devices=group)
@@ -128,7 +118,7 @@ def torch_observer(spec: harness.Spec, network: Any) -> Callable[[np.ndarray], d
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line; returns the exit status."""
-  parser = harness.parser(__doc__, NETWORKS, batch=f"{_BATCH}, what calibration forwards at a time")
+  parser = harness.parser(__doc__, batch=f"{_BATCH}, what calibration forwards at a time")
   parser.add_argument("--images", type=int, metavar="N", help="images observed (default: 256 at 32x32, else 64)")
   return harness.run(parser.parse_args(args), "benchmarks.calibrate", build, "calibrate")
 

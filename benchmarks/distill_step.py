@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,9 +19,10 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.calibrate import noise_images, torch_observer
-from benchmarks.torch_networks import import_torch, kwjax_network, torch_network
+from benchmarks.torch_networks import import_torch
+from kwjax.network import Network
+from kwjax.runtime.parallel import DeviceGroup
 
-NETWORKS = ("resnet44", "resnet18", "mobilenet_v2", "densenet121", "efficientnet_lite0")
 _CALIBRATION_IMAGES = 8
 
 
@@ -32,11 +32,7 @@ def build(name: str, arguments: argparse.Namespace) -> harness.Spec:
   Raises:
     KwjaxError: the network is unknown.
   """
-  from kwjax.models import model_info
-
-  info = model_info(name)
-  size = arguments.image_size or info.image_shape[0]
-  batch = arguments.batch or (128 if size <= 64 else 16)
+  size, batch = harness.sizes(name, arguments)
   return {
     "image_size": size,
     "batch": batch,
@@ -46,27 +42,26 @@ def build(name: str, arguments: argparse.Namespace) -> harness.Spec:
   }
 
 
-def prepare(spec: harness.Spec) -> Callable[[], None]:
+def prepare_kwjax(spec: harness.Spec, teacher: Network, group: DeviceGroup) -> Callable[[], None]:
   """A function that runs one step and waits for it."""
-  if spec["framework"] == "kwjax":
-    return _prepare_kwjax(spec)
-  return prepare_torch(spec, torch_network(spec["network"], image_size=spec["image_size"]))
-
-
-def _prepare_kwjax(spec: harness.Spec) -> Callable[[], None]:
   from kwjax.distillation import distill_step, initial_state
-  from kwjax.runtime.parallel import device_group
 
-  teacher = kwjax_network(spec["network"], image_size=spec["image_size"])
-  config, group = _config(spec), device_group(spec.get("devices"))
+  config, batch = _config(spec), spec["batch"]
   state = group.replicate(initial_state(kwjax_student(spec, teacher), config))
-  images = group.shard(noise_images(spec["batch"], spec["image_size"]))
+  # Padding, where the batch does not divide over the devices, has weight zero.
+  images = group.shard(noise_images(group.padded(batch), spec["image_size"]))
+  weights = group.weights(batch)
+  weights = None if weights is None else group.place(weights)
   teacher = group.replicate(teacher)
-  step = group.compile(functools.partial(distill_step, config=config), donate=(0,))
+
+  def one_step(state: Any, images: Any, teacher: Any, weights: Any, axis_name: str | None) -> Any:
+    return distill_step(state, images, teacher, config, weights, axis_name)
+
+  step = group.compile(one_step, donate=(0,))
 
   def run() -> None:
     nonlocal state
-    state, metrics = step(state, images, teacher)
+    state, metrics = step(state, images, teacher, weights)
     metrics["loss"].block_until_ready()
 
   return run
@@ -179,7 +174,7 @@ def _quantize(module: Any, bits: str, lowest: float, highest: float) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line; returns the exit status."""
-  parser = harness.parser(__doc__, NETWORKS)
+  parser = harness.parser(__doc__)
   return harness.run(parser.parse_args(args), "benchmarks.distill_step", build, "distill step")
 
 

@@ -19,6 +19,7 @@ from kwjax.runtime.files import write_json
 Spec = dict[str, Any]
 
 
+NETWORKS = ("resnet44", "resnet18", "mobilenet_v2", "densenet121", "efficientnet_lite0")
 COMPILE = "compile"
 """Variant: the better layout under torch.compile."""
 
@@ -70,7 +71,7 @@ def compare(spec: Spec, variants: Sequence[str], *, seconds: float, repeats: int
   """Median times of kwjax's step and of the best PyTorch variant's, interleaved.
 
   Args:
-    spec: `module`, `network` and whatever that module's `prepare` reads.
+    spec: `module`, `network`, `image_size` and whatever that module's `prepare_kwjax` and `prepare_torch` read.
     variants: PyTorch variants to try, layouts before `COMPILE`; one that cannot run is left out.
     seconds: about how long each side is timed in all.
     repeats: rounds, in each of which both sides are timed once.
@@ -154,6 +155,18 @@ def _interleave(kwjax: Worker, torch: Worker, *, seconds: float, repeats: int) -
   }
 
 
+def sizes(name: str, arguments: argparse.Namespace) -> tuple[int, int]:
+  """Side of the images in pixels, and distinct images a step.
+
+  Raises:
+    KwjaxError: the network is unknown.
+  """
+  from kwjax.models import model_info
+
+  size = arguments.image_size or model_info(name).image_shape[0]
+  return size, arguments.batch or (128 if size <= 64 else 16)
+
+
 def forward_operations(name: str, size: int) -> int:
   """Floating-point operations of one image's forward pass, two for a multiply-add."""
   import jax
@@ -192,13 +205,11 @@ def machine() -> dict[str, Any]:
   return {"processor": model, "cores": len(os.sched_getaffinity(0)), "system": platform.system(), **versions}
 
 
-def parser(
-  description: str | None, networks: Sequence[str], *, batch: str = "128 at 32x32, else 16"
-) -> argparse.ArgumentParser:
+def parser(description: str | None, *, batch: str = "128 at 32x32, else 16") -> argparse.ArgumentParser:
   """Options that all comparisons share; `batch` says what `build` takes for --batch where it is not given."""
   found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
   found.add_argument(
-    "--networks", default=",".join(networks), metavar="A,B", help="networks to time (default: %(default)s)"
+    "--networks", default=",".join(NETWORKS), metavar="A,B", help="networks to time (default: %(default)s)"
   )
   found.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there, too")
   found.add_argument(

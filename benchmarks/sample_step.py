@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.torch_networks import import_torch, kwjax_network, torch_network
-
-NETWORKS = ("resnet44", "resnet18", "mobilenet_v2", "densenet121", "efficientnet_lite0")
+from benchmarks.torch_networks import import_torch
+from kwjax.network import Network
+from kwjax.runtime.parallel import DeviceGroup
 
 
 def build(name: str, arguments: argparse.Namespace) -> harness.Spec:
@@ -26,11 +26,7 @@ def build(name: str, arguments: argparse.Namespace) -> harness.Spec:
   Raises:
     KwjaxError: the network is unknown.
   """
-  from kwjax.models import model_info
-
-  info = model_info(name)
-  size = arguments.image_size or info.image_shape[0]
-  batch = arguments.batch or (128 if size <= 64 else 16)
+  size, batch = harness.sizes(name, arguments)
   duplicates = arguments.duplicates or 1
   return {
     "image_size": size,
@@ -40,25 +36,17 @@ def build(name: str, arguments: argparse.Namespace) -> harness.Spec:
   }
 
 
-def prepare(spec: harness.Spec) -> Callable[[], None]:
+def prepare_kwjax(spec: harness.Spec, network: Network, group: DeviceGroup) -> Callable[[], None]:
   """A function that runs one step and waits for it."""
-  if spec["framework"] == "kwjax":
-    return _prepare_kwjax(spec)
-  return prepare_torch(spec, torch_network(spec["network"], image_size=spec["image_size"]))
-
-
-def _prepare_kwjax(spec: harness.Spec) -> Callable[[], None]:
   import jax
 
-  from experiments.common import every_device
   from kwjax.synthesis import SynthesisConfig
   from kwjax.synthesis.pixels import initial_images, initial_state
   from kwjax.synthesis.synthesize import compiled_step
 
-  network = kwjax_network(spec["network"], image_size=spec["image_size"])
   config = SynthesisConfig.for_network("bns", spec["image_size"])
   config = config.replace(batch_size=spec["batch"], duplicates=spec["duplicates"])
-  group, key = every_device(spec.get("devices")), jax.random.key(0)
+  key = jax.random.key(0)
   # Padding, where the batch does not divide over the devices, has weight zero.
   padded = group.padded(spec["batch"])
   state = initial_state(config, initial_images(config, key, padded, network.image_shape))
@@ -163,7 +151,7 @@ def draw_views(batch: int, duplicates: int, size: int, augmentation: Any) -> tup
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line; returns the exit status."""
-  parser = harness.parser(__doc__, NETWORKS)
+  parser = harness.parser(__doc__)
   parser.add_argument("--duplicates", type=int, metavar="N", help="views of each image (default: 1)")
   return harness.run(parser.parse_args(args), "benchmarks.sample_step", build, "sample step")
 

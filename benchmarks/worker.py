@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from experiments.launch import relaunch_with_huge_pages
@@ -58,6 +59,19 @@ def matmul_peak(framework: str, size: int = 1536, repeats: int = 8) -> float:
   return 2 * size**3 / best
 
 
+def _prepare(module: Any, spec: dict[str, Any]) -> Callable[[], None]:
+  """The function of one side that runs one step and waits for it, on all the machine has."""
+  from benchmarks.torch_networks import import_torch, kwjax_network, torch_network
+
+  name, size = spec["network"], spec["image_size"]
+  if spec["framework"] == "kwjax":
+    from experiments.common import every_device
+
+    return module.prepare_kwjax(spec, kwjax_network(name, image_size=size), every_device(spec.get("devices")))
+  import_torch().set_num_threads(cores())
+  return module.prepare_torch(spec, torch_network(name, image_size=size))
+
+
 def main() -> None:
   """Prepare what the specification says, then serve commands until stdin ends."""
   spec: dict[str, Any] = json.loads(sys.argv[1])
@@ -71,14 +85,10 @@ def main() -> None:
     # As the experiments do it.
     use_compilation_cache()
     use_every_core(spec.get("devices"))
-  else:
-    from benchmarks.torch_networks import import_torch
-
-    import_torch().set_num_threads(cores())
   module = importlib.import_module(spec["module"])
   start = time.perf_counter()
   try:
-    step = module.prepare(spec)
+    step = _prepare(module, spec)
     first = time.perf_counter()
     step()
   except KwjaxError as error:

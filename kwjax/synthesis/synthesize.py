@@ -7,7 +7,7 @@ import math
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,12 +119,7 @@ def synthesize(
     reference_moments(network)
   group = device_group(devices)
   sizes = batch_sizes(num_images, config.batch_size)
-  settings = {
-    "config": config.to_json(),
-    "network": fingerprint(network),
-    "key": np.asarray(jax.random.key_data(key)).tolist() if _is_typed(key) else np.asarray(key).tolist(),
-    "batches": list(sizes),
-  }
+  settings = _settings(network, config, key, sizes)
   labels = target_labels(config, jax.random.fold_in(key, LABELS), num_images, network.num_classes)
   folder = pathlib.Path(workdir) if workdir is not None else None
   store = ImageStore(folder / "images", settings=settings) if folder else None
@@ -158,6 +153,16 @@ def synthesize(
       histories = tuple(p.history for p in parts)
   history = {name: np.stack([h[name] for h in histories]) for name in histories[0]}
   return SampleSet(images, labels, history)
+
+
+def _settings(network: Network, config: SynthesisConfig, key: jax.Array, sizes: tuple[int, ...]) -> dict[str, Any]:
+  """What the images depend on."""
+  return {
+    "config": config.to_json(),
+    "network": fingerprint(network),
+    "key": np.asarray(jax.random.key_data(key)).tolist() if _is_typed(key) else np.asarray(key).tolist(),
+    "batches": list(sizes),
+  }
 
 
 def _is_typed(key: jax.Array) -> bool:

@@ -28,8 +28,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kwjax.errors import WeightsError
-from weights_conversion.pickle_globals import ALLOWED
+from weights_conversion.pickle_globals import ALLOWED, Global, Inert
 from weights_conversion.pickle_reader import load_pickle_bytes
+from weights_conversion.tensors import TensorView
 from weights_conversion.torch_import import load_torch_state_dict
 
 VALUES = np.arange(24, dtype=np.float32)
@@ -229,4 +230,5 @@ def test_mutations_raise_nothing_but_weights_error(valid_files, tmp_path, kind, 
 @given(st.binary(max_size=60))
 def test_random_pickles_raise_nothing_but_weights_error(body):
   with contextlib.suppress(WeightsError):
-    load_pickle_bytes(b"\x80\x02" + body, lambda identifier: None)
+    found = load_pickle_bytes(b"\x80\x02" + body, lambda identifier: None)
+    assert type(found) in (str, bytes, bool, int, float, type(None), dict, list, tuple, set, TensorView, Inert, Global)
