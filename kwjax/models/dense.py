@@ -78,7 +78,16 @@ def _dense_backward(
     )
   else:
     to_images = mirrored(kernel, cotangent)
-  to_kernel = jax.linear_transpose(lambda k: native_convolution(images, k, window, precision), kernel)(cotangent)[0]
+
+  def transposed(x: Array, g: Array) -> Array:
+    return jax.linear_transpose(lambda k: native_convolution(x, k, window, precision), kernel)(g)[0]
+
+  if precision is None and winograd.has_fast_kernel_gradient(kernel.shape):
+    to_kernel = lax.platform_dependent(
+      images, cotangent, cpu=lambda x, g: winograd.kernel_gradient(x, g, window.padding), default=transposed
+    )
+  else:
+    to_kernel = transposed(images, cotangent)
   return to_images, to_kernel
 
 

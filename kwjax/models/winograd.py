@@ -36,20 +36,27 @@ _TO_KERNEL = (
   (0, 0, 1),
 )
 _TO_OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+_FROM_OUTPUTS = tuple(zip(*_TO_OUTPUTS, strict=True))
+_CHANNELS_A_TILE = 4  # beyond which the transformed kernels take more memory than the time they save is worth
+_FEWEST = 32  # channels, below which the transforms cost what the products save
 
 
 def is_worthwhile(images: Sequence[int], kernel: Sequence[int]) -> bool:
   """Whether it beats the direct sum: many channels to share the sums of slices, many tiles to share the kernel's.
 
-  With fewer tiles than channels the transformed kernels, four times as large as they were, would outgrow the images: it is
-  still faster there, but takes half as much memory again.
+  With few tiles the transformed kernels, four times as large as they were, outgrow the images by far.
 
   Args:
     images: shape (b, h, w, c) of the result.
     kernel: shape (kh, kw, c, d).
   """
   tiles = images[0] * -(-images[1] // _TILE) * -(-images[2] // _TILE)
-  return tuple(kernel[:2]) == (3, 3) and min(kernel[2:]) >= 64 and tiles >= max(kernel[2:])
+  return tuple(kernel[:2]) == (3, 3) and min(kernel[2:]) >= 64 and tiles * _CHANNELS_A_TILE >= max(kernel[2:])
+
+
+def has_fast_kernel_gradient(kernel: Sequence[int]) -> bool:
+  """Whether `kernel_gradient` beats the convolution for a kernel of shape (kh, kw, c, d)."""
+  return tuple(kernel[:2]) == (3, 3) and min(kernel[2:]) >= _FEWEST
 
 
 def transposed_convolve(images: Array, kernel: Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> Array:
@@ -68,18 +75,10 @@ def transposed_convolve(images: Array, kernel: Array, padding: tuple[tuple[int, 
   """
   batch, height, width, channels = images.shape
   features = kernel.shape[2]
-  (top, bottom), (left, right) = padding
-  rows, columns = height + top + bottom - 2, width + left + right - 2
+  rows, columns = height + sum(padding[0]) - 2, width + sum(padding[1]) - 2
   tall, wide = -(-rows // _TILE), -(-columns // _TILE)
-  fill = ((0, 0), (top, bottom + tall * _TILE - rows), (left, right + wide * _TILE - columns), (0, 0))
-  padded = jnp.pad(images, fill)
-
-  def every_fourth(array: Array, axis: int, start: int, count: int) -> Array:
-    return lax.slice_in_dim(array, start, start + _TILE * (count - 1) + 1, _TILE, axis)
-
-  down = _combine(_TO_INPUTS, [every_fourth(padded, 1, i, tall) for i in range(_INPUTS)])
-  across = [_combine(_TO_INPUTS, [every_fourth(row, 2, j, wide) for j in range(_INPUTS)]) for row in down]
-  inputs = jnp.stack([tile for row in across for tile in row]).reshape(_INPUTS**2, -1, channels)
+  padded = _padded(images, padding, tall * _TILE - rows, wide * _TILE - columns, jnp.float32(0.0))
+  inputs = jnp.stack(_tiles(_TO_INPUTS, padded, tall, wide)).reshape(_INPUTS**2, -1, channels)
   # The mirrored and transposed kernel is never made: a copy of it would take longer than the products.
   mirrored = np.asarray(_TO_KERNEL, np.float32)[:, ::-1]
   weights = (np.kron(mirrored, mirrored) @ kernel.reshape(9, -1)).reshape(_INPUTS**2, features, channels)
@@ -89,6 +88,53 @@ def transposed_convolve(images: Array, kernel: Array, padding: tuple[tuple[int, 
   pixels = [jnp.stack(_combine(_TO_OUTPUTS, [line[j] for j in range(_INPUTS)]), axis=3) for line in lines]
   whole = jnp.stack(pixels, axis=2).reshape(batch, tall * _TILE, wide * _TILE, features)
   return whole[:, :rows, :columns]
+
+
+def kernel_gradient(images: Array, cotangent: Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> Array:
+  """Gradient of a 3x3 convolution of stride 1 to its kernel: dk[i,j,c,d] = sum_bhw x[b, h + i - top, w + j - left, c] g[b,h,w,d].
+
+  dk = G^T [sum_tiles (B^T x B) * (A g A^T)] G, the transpose of Eq. (12) in its kernel. XLA makes it a convolution whose window
+  is the whole image, at a half to a quarter of this form's rate.
+
+  Args:
+    images: f32[b,h,w,c].
+    cotangent: f32[b,oh,ow,d], of the convolution's result.
+    padding: ((top, bottom), (left, right)) zeros of the convolution, in pixels.
+
+  Returns: f32[3,3,c,d].
+  """
+  rows, columns, features = cotangent.shape[1:]
+  tall, wide = -(-rows // _TILE), -(-columns // _TILE)
+  below, beside = tall * _TILE - rows, wide * _TILE - columns
+  # A zero made from the cotangent: XLA would otherwise transform the images of all layers before the first product.
+  zero = 0.0 * cotangent[0, 0, 0, 0]
+  inputs = _tiles(_TO_INPUTS, _padded(images, padding, below, beside, zero), tall, wide)
+  outputs = _tiles(_FROM_OUTPUTS, _padded(cotangent, ((0, 0), (0, 0)), below, beside, zero), tall, wide)
+  x = jnp.stack(inputs).reshape(_INPUTS**2, -1, images.shape[3])
+  g = jnp.stack(outputs).reshape(_INPUTS**2, -1, features)
+  products = lax.dot_general(x, g, (((1,), (1,)), ((0,), (0,))))
+  transform = np.asarray(_TO_KERNEL, np.float32)
+  gradient = jnp.asarray(np.kron(transform, transform).T) @ products.reshape(_INPUTS**2, -1)
+  return gradient.reshape(3, 3, images.shape[3], features)
+
+
+def _padded(
+  images: Array, padding: tuple[tuple[int, int], tuple[int, int]], below: int, beside: int, zero: Array
+) -> Array:
+  """Images with zeros around them, `below` and `beside` of which fill the last tiles."""
+  (top, bottom), (left, right) = padding
+  return lax.pad(images, zero, ((0, 0, 0), (top, bottom + below, 0), (left, right + beside, 0), (0, 0, 0)))
+
+
+def _tiles(matrix: Sequence[Sequence[float]], padded: Array, tall: int, wide: int) -> list[Array]:
+  """Matrix t matrix^T of every tile t: its entries in row-major order, each [b,tall,wide,c]."""
+
+  def every_fourth(array: Array, axis: int, start: int, count: int) -> Array:
+    return lax.slice_in_dim(array, start, start + _TILE * (count - 1) + 1, _TILE, axis)
+
+  size = range(len(matrix[0]))
+  down = _combine(matrix, [every_fourth(padded, 1, i, tall) for i in size])
+  return [tile for row in down for tile in _combine(matrix, [every_fourth(row, 2, j, wide) for j in size])]
 
 
 def _combine(matrix: Sequence[Sequence[float]], arrays: Sequence[Array]) -> list[Array]:

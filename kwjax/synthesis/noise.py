@@ -46,7 +46,14 @@ def _radius_table() -> np.ndarray:
   return np.interp(np.linspace(0.0, 1.0, 4096), cumulative / cumulative[-1], radii).astype(np.float32)
 
 
-def dead_leaves(key: Array, count: int, image_shape: tuple[int, int, int], *, max_leaves: int = _MAX_LEAVES) -> Array:
+def dead_leaves(
+  key: Array,
+  count: int,
+  image_shape: tuple[int, int, int],
+  *,
+  max_leaves: int = _MAX_LEAVES,
+  devices: Sequence[jax.Device] = (),
+) -> Array:
   """Dead leaves of mixed shapes: overlapping flat-coloured shapes whose radii follow a power law, as natural images do.
 
   Leaves are laid front to back and a pixel keeps the first that covers it: the same process as painting back to front,
@@ -59,17 +66,27 @@ def dead_leaves(key: Array, count: int, image_shape: tuple[int, int, int], *, ma
     count: number of images n.
     image_shape: (h, w, c).
     max_leaves: a pixel that none of them covers stays black.
+    devices: those that lay the leaves of a part of the images each, at the same time; empty: JAX's default one. An image
+      depends on the key and its index alone.
 
   Returns:
-    f32[n,h,w,c] in [0,1].
+    f32[n,h,w,c] in [0,1], on the first of the devices.
 
   Source: Baradad et al. (2021), "Learning to See by Looking at Noise"; Lee, Mumford & Huang (2001).
   """
-  return _dead_leaves(key, count, tuple(image_shape), max_leaves)
+  if not devices:
+    return _dead_leaves(key, 0, count, tuple(image_shape), max_leaves)
+  each = max(-(-count // len(devices)), 1)
+  parts = [
+    _dead_leaves(jax.device_put(key, device), i * each, min(each, count - i * each), tuple(image_shape), max_leaves)
+    for i, device in enumerate(devices)
+    if i * each < count or i == 0
+  ]
+  return jnp.concatenate([jax.device_put(part, devices[0]) for part in parts])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _dead_leaves(key: Array, count: int, image_shape: tuple[int, int, int], max_leaves: int) -> Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _dead_leaves(key: Array, first: int, count: int, image_shape: tuple[int, int, int], max_leaves: int) -> Array:
   height, width, channels = image_shape
   size = max(height, width)
   table = jnp.asarray(_radius_table())
@@ -86,7 +103,7 @@ def _dead_leaves(key: Array, count: int, image_shape: tuple[int, int, int], max_
 
   def lay(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     number, covered, canvas = carry
-    indices = jnp.arange(count) * max_leaves + number
+    indices = (first + jnp.arange(count)) * max_leaves + number
     inside, colour = jax.vmap(lambda i: leaf(jax.random.fold_in(key, i)))(indices)
     new = (inside & ~covered)[..., None]
     return number + 1, covered | inside, jnp.where(new, colour[:, None, None, :], canvas)

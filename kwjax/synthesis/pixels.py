@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -48,10 +49,17 @@ class SynthesisState(NamedTuple):
   bad_layer: Array
 
 
-def initial_images(config: SynthesisConfig, key: Array, count: int, image_shape: tuple[int, int, int]) -> Array:
-  """Starting point f32[n,h,w,c]; the first step clamps it to [0,1]."""
+def initial_images(
+  config: SynthesisConfig,
+  key: Array,
+  count: int,
+  image_shape: tuple[int, int, int],
+  *,
+  devices: Sequence[jax.Device] = (),
+) -> Array:
+  """Starting point f32[n,h,w,c], the same whatever the devices that make it; the first step clamps it to [0,1]."""
   if config.init == "dead_leaves":
-    return dead_leaves(key, count, image_shape)
+    return dead_leaves(key, count, image_shape, devices=devices)
   draw = jax.random.normal if config.init == "randn" else jax.random.uniform
   return draw(key, (count, *image_shape), jnp.float32)
 

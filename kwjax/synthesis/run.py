@@ -87,7 +87,8 @@ class Run(NamedTuple):
         self.key_of(NOISE, index), size, network.image_shape, network.input_mean, network.input_std
       )
       return Shard(np.asarray(noise), targets, {"seconds": np.asarray(time.monotonic() - start, np.float32)})
-    images = initial_images(config, self.key_of(IMAGES, index), size, network.image_shape)
+    devices = self.group.local.devices
+    images = initial_images(config, self.key_of(IMAGES, index), size, network.image_shape, devices=devices)
     state = jax.tree.map(np.asarray, initial_state(config, images[rows.start : rows.stop]))
     if self.folder is None:
       return self._optimize(index, state, {}, 0.0, None, bar)

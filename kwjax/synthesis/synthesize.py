@@ -66,10 +66,17 @@ def target_labels(config: SynthesisConfig, key: jax.Array, count: int, num_class
   return np.asarray(jax.random.permutation(key, jnp.arange(count) % num_classes), np.int32)
 
 
-def starting_images(network: Network, config: SynthesisConfig, *, count: int, key: jax.Array) -> jax.Array:
+def starting_images(
+  network: Network,
+  config: SynthesisConfig,
+  *,
+  count: int,
+  key: jax.Array,
+  devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
+) -> jax.Array:
   """The images f32[b,h,w,c] in [0,1] that the first batch of `synthesize` with this key starts from."""
-  key = jax.random.fold_in(jax.random.fold_in(key, IMAGES), 0)
-  return jnp.clip(initial_images(config, key, count, network.image_shape), 0.0, 1.0)
+  key, local = jax.random.fold_in(jax.random.fold_in(key, IMAGES), 0), device_group(devices).local.devices
+  return jnp.clip(initial_images(config, key, count, network.image_shape, devices=local), 0.0, 1.0)
 
 
 def synthesize(

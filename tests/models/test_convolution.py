@@ -234,3 +234,25 @@ def test_winograd_gradient_is_that_of_lax(batch, height, width, padding):
   np.testing.assert_allclose(ours(images), exact(images), atol=2e-5)
   assert "36x" in ours.lower(images).as_text(), "the gradient was not Winograd's"
   assert "36x" not in gradient(conv_general_dilated, "highest").lower(images).as_text()
+
+
+@pytest.mark.parametrize(
+  ("height", "width", "channels", "features", "padding"),
+  [(8, 8, 32, 32, "SAME"), (9, 6, 32, 40, ((1, 0), (2, 1))), (5, 7, 40, 32, "VALID"), (1, 1, 32, 32, ((1, 1), (1, 1)))],
+)
+def test_winograd_kernel_gradient_is_that_of_lax(height, width, channels, features, padding):
+  keys = jax.random.split(jax.random.key(3))
+  images = jax.random.normal(keys[0], (5, height, width, channels))
+  kernel = jax.random.normal(keys[1], (3, 3, channels, features)) / 17
+
+  def gradient(function, precision=None):
+    def loss(k):
+      return jnp.sum(jnp.sin(function(images, k, (1, 1), padding, dimension_numbers=_LAYOUT, precision=precision)))
+
+    return jax.jit(jax.grad(loss))
+
+  ours, exact = gradient(conv_general_dilated), gradient(lax.conv_general_dilated)
+  np.testing.assert_allclose(ours(kernel), exact(kernel), atol=2e-5 * float(jnp.abs(exact(kernel)).max()))
+  assert "tensor<36x" in ours.trace(kernel).lower(lowering_platforms=("cpu",)).as_text(), "the gradient was not Winograd's"
+  assert "tensor<36x" not in ours.trace(kernel).lower(lowering_platforms=("cuda",)).as_text()
+  assert "tensor<36x" not in gradient(conv_general_dilated, "highest").lower(kernel).as_text()

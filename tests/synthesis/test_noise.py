@@ -34,5 +34,12 @@ def test_dead_leaves_are_flat_coloured_covered_and_reproducible() -> None:
   np.testing.assert_allclose(images.mean(), 0.5, atol=0.1)  # colours are uniform
 
 
+def test_dead_leaves_do_not_depend_on_the_devices_that_lay_them() -> None:
+  for count in (1, 3, 5):
+    alone = dead_leaves(jax.random.key(0), count, (12, 8, 3))
+    together = dead_leaves(jax.random.key(0), count, (12, 8, 3), devices=jax.devices()[:2])
+    np.testing.assert_array_equal(alone, together)
+
+
 def test_too_few_leaves_leave_black() -> None:
   assert (np.asarray(dead_leaves(jax.random.key(0), 4, (24, 24, 3), max_leaves=1)) == 0).all(-1).any()
