@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from experiments.launch import has_huge_pages
 from experiments.options import Options
 from kwjax.errors import CheckpointError, Interrupted, KwjaxError, WeightsError
 from kwjax.network import Network, load_network
@@ -26,6 +27,7 @@ from kwjax.runtime.workdir import Shutdown, graceful_shutdown
 
 USAGE_ERROR = 2
 _TERMINATED = 128 + signal.SIGTERM
+_LARGE_BLOCK = 100 << 20  # bytes
 # A full or broken disk, a folder that may not be written: nothing that a traceback would help with.
 _SYSTEM_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -43,14 +45,20 @@ def use_compilation_cache() -> None:
 
 
 def keep_freed_memory() -> None:
-  """Tell glibc to keep freed memory for the next step instead of giving it back to the system after each; see launch.py."""
+  """Tell glibc to keep freed memory for the next step instead of giving it back to the system after each; see launch.py.
+
+  On huge pages the large blocks, a step's temporary memory, are given back all the same: fetching them anew costs next to
+  nothing there, and kept in the heap they would break up, until it held half as much again.
+  """
   try:
     mallopt = ctypes.CDLL("libc.so.6").mallopt
   except (OSError, AttributeError):
     return  # another C library
-  m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-  for parameter, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_arena_max, 1)):
-    mallopt(parameter, value)
+  m_trim_threshold, m_mmap_threshold, m_mmap_max, m_arena_max = -1, -3, -4, -8
+  mallopt(m_trim_threshold, -1)
+  mallopt(m_arena_max, 1)
+  gives_back = has_huge_pages() and mallopt(m_mmap_threshold, _LARGE_BLOCK) == 1
+  mallopt(m_mmap_max, 65536 if gives_back else 0)
 
 
 def use_every_core(devices: int | None) -> None:
@@ -78,6 +86,21 @@ def every_device(devices: int | None) -> DeviceGroup:
   if devices is None and local[0].platform == "cpu":
     devices = min(len(local), _cores())
   return device_group(devices)
+
+
+def start(
+  devices: int | None, coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> DeviceGroup:
+  """What every experiment begins with: the other processes, the devices, the compilation cache; from those four options.
+
+  Raises:
+    KwjaxError: there are fewer devices, or the other processes cannot be joined.
+  """
+  use_every_core(devices)
+  processes.initialize(coordinator, num_processes, process_id)
+  use_compilation_cache()
+  keep_freed_memory()
+  return every_device(devices)
 
 
 def _cores() -> int:
@@ -254,7 +277,7 @@ def _clear(folder: pathlib.Path) -> None:
     if any(entry.name != ".lock" for entry in folder.iterdir()):
       raise KwjaxError(f"--no-resume removes results, but {folder} holds none of a run: choose another --workdir")
     return
-  for name in ("settings.json", "report.json", "report.html"):
+  for name in ("settings.json", "report.json", "report.html", "tables.csv"):
     (folder / name).unlink(missing_ok=True)
-  for name in ("stages", "synthesis", "gaussian", "distillation", "quantized", "figures"):
+  for name in ("stages", "synthesis", "gaussian", "distillation", "training", "quantized", "figures"):
     shutil.rmtree(folder / name, ignore_errors=True)

@@ -31,6 +31,25 @@ def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
   return 2 * size**3 / best
 
 
+def estimate(network: Network, *, synthesized: int, trained: int, evaluated: int) -> str:
+  """A line about the time of some work, from the operations of the layers and the rate of a matrix product.
+
+  Args:
+    network: the float network.
+    synthesized: images times copies times steps of all syntheses.
+    trained: images times steps of all fine-tunings.
+    evaluated: images forwarded.
+  """
+  forward = 2 * sum(layer.multiplications for layer in intercept.layers(network))
+  # Backward to the images alone costs one more forward; the teacher, and backward to the weights, three more.
+  total = forward * (2 * synthesized + 4 * trained + evaluated)
+  rate = matmul_rate()
+  return (
+    f"time          about {total / (rate * _EFFICIENCY) / 60:.1f} minutes if convolutions reach {_EFFICIENCY:.0%} of the "
+    f"{rate / 1e9:.0f} GFLOP/s that a matrix product just reached here ({jax.devices()[0].device_kind}), and compilation"
+  )
+
+
 def describe(
   network: Network,
   config: SynthesisConfig,

@@ -11,71 +11,50 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import cost, memory, results
-from experiments.common import (
-  Stages,
-  every_device,
-  get_network,
-  in_workdir,
-  keep_freed_memory,
-  say,
-  use_compilation_cache,
-  use_every_core,
-)
+from experiments import cost, memory, results, stages
+from experiments.common import Stages, get_network, in_workdir, say, start
 from experiments.options import Options, Sizes, result_settings, run_folder, sizes, synthesis_config
 from experiments.scoring import Scorer
-from kwjax.analysis.similarity import Similarity, measure
-from kwjax.batchnorm import INPUT
-from kwjax.distillation import DistillConfig, distill
-from kwjax.errors import Interrupted, KwjaxError, NoBatchNormError
-from kwjax.network import Network
-from kwjax.quantization import (
-  QuantizedNetwork,
-  QuantRules,
-  RangeTable,
-  observe_ranges,
-  quantize,
-  ranges_from,
-  save_quantized,
+from experiments.stages import (
+  CALIBRATION_KEY,
+  DISTILL_KEY,
+  GAUSSIAN,
+  GAUSSIAN_KEY,
+  REAL,
+  SYNTHESIS_KEY,
+  Site,
+  calibrated,
+  distill_config,
+  fine_tuned,
+  make_images,
+  range_table,
+  spread_images,
 )
+from kwjax.errors import KwjaxError
+from kwjax.network import Network
+from kwjax.quantization import QuantizedNetwork, QuantRules, save_quantized
 from kwjax.quantization.integer import representable_weights
 from kwjax.runtime import processes
 from kwjax.runtime.data import ImageData, load_data
 from kwjax.runtime.files import canonical_json, settings_differences
-from kwjax.runtime.parallel import DeviceGroup
 from kwjax.runtime.workdir import Shutdown
-from kwjax.synthesis import SampleSet, SynthesisConfig, starting_images, synthesize
-
-GAUSSIAN, REAL = "gaussian", "real"
-_SYNTHESIS_KEY, _GAUSSIAN_KEY, _CALIBRATION_KEY, _DISTILL_KEY = range(4)
+from kwjax.synthesis import SynthesisConfig, starting_images
 
 
 class Job(NamedTuple):
-  """Everything a stage needs."""
+  """Everything the job's stages need."""
 
   options: Options
-  group: DeviceGroup
-  network: Network
+  site: Site
   chosen: Sizes
   config: SynthesisConfig
   rules: dict[str, QuantRules]
-  stages: Stages
-  shutdown: Shutdown
   eval_data: ImageData | None
   real_data: ImageData | None
 
   def key(self, stream: int) -> jax.Array:
     """PRNG key of one stage."""
-    return jax.random.fold_in(jax.random.key(self.options.seed), stream)
-
-  def shutdown_point(self) -> None:
-    """Leave here if the run was asked to stop.
-
-    Raises:
-      Interrupted: finished stages are kept.
-    """
-    if processes.any_stop(self.shutdown.requested):
-      raise Interrupted(f"stopped; finished stages are in {self.stages.folder}")
+    return stages.stream_key(self.options.seed, stream)
 
   @property
   def total(self) -> int:
@@ -98,11 +77,7 @@ def run(options: Options, *, name: str, default: str | None) -> int:
     KwjaxError: anything the user can mend.
     Interrupted: the run was asked to stop.
   """
-  use_every_core(options.devices)
-  processes.initialize(options.coordinator, options.num_processes, options.process_id)
-  use_compilation_cache()
-  keep_freed_memory()
-  group = every_device(options.devices)
+  group = start(options.devices, options.coordinator, options.num_processes, options.process_id)
   network = get_network(options, default=default)
   rules = parse_rules(options, network)
   chosen = sizes(options, network)
@@ -120,8 +95,9 @@ def run(options: Options, *, name: str, default: str | None) -> int:
   say(f"{network.name}: {config.scheme} images, then {', '.join(rules)}; everything goes to {folder}")
 
   def work(folder: pathlib.Path, shutdown: Shutdown) -> None:
-    stages = Stages(folder, result_settings(options, network))
-    execute(Job(options, group, network, chosen, config, rules, stages, shutdown, eval_data, real_data))
+    finished = Stages(folder, result_settings(options, network))
+    site = Site(network, group, finished, shutdown, folder, options.checkpoint_seconds, options.checkpoint_steps)
+    execute(Job(options, site, chosen, config, rules, eval_data, real_data))
 
   in_workdir(folder, options, work)
   return 0
@@ -179,40 +155,35 @@ def _load(spec: str | None, network: Network) -> ImageData | None:
 
 def execute(job: Job) -> None:
   """Run every stage that is not done yet, and write the report."""
-  samples = make_images(job, job.config, "synthesis", _SYNTHESIS_KEY)
-  scheme = job.config.scheme
+  site, scheme = job.site, job.config.scheme
+  samples = make_images(site, job.config, "synthesis", count=job.total, key=job.key(SYNTHESIS_KEY))
   calibration: dict[str, np.ndarray] = {scheme: samples.images[: job.chosen.images]}
   if scheme != GAUSSIAN:
-    gaussian = make_images(job, SynthesisConfig.preset(GAUSSIAN), GAUSSIAN, _GAUSSIAN_KEY)
+    noise = SynthesisConfig.preset(GAUSSIAN)
+    gaussian = make_images(site, noise, GAUSSIAN, count=job.total, key=job.key(GAUSSIAN_KEY))
     calibration[GAUSSIAN] = gaussian.images[: job.chosen.images]
   if job.real_data is not None:
-    calibration[REAL] = real_images(job, job.real_data)
+    calibration[REAL] = spread_images(job.real_data, job.chosen.images)
   held_out = samples.images[job.chosen.images :]
-  similarity = job.stages.once("similarity", lambda: _similarities(job, calibration))
+  similarity = site.stages.once("similarity", lambda: _similarities(job, calibration))
   say(
     "measuring the float network"
     if job.eval_data
     else "no --eval-data: agreement is measured on held-out synthetic images"
   )
-  scorer = Scorer(
-    job.network,
-    held_out,
-    job.eval_data,
-    devices=job.group,
-    should_stop=lambda: job.shutdown.requested,
-  )
-  float_result = job.stages.once("float", lambda: scorer.score(job.network))
+  scorer = Scorer(site.network, held_out, job.eval_data, devices=site.group, should_stop=site.should_stop)
+  float_result = site.stages.once("float", lambda: scorer.score(site.network))
   quantized, scores = calibrate_all(job, calibration, scorer)
   tuned = fine_tune(job, quantized[job.options.bits[-1]][scheme], calibration[scheme], scorer)
   say("writing the report")
   if not processes.is_main():
     return
   final = tuned[0] if tuned else quantized[job.options.bits[-1]][scheme]
-  save_quantized(final, job.stages.folder / "quantized")
+  save_quantized(final, site.stages.folder / "quantized")
   results.write(
-    job.stages.folder,
+    site.stages.folder,
     job=results.Facts(
-      network=job.network,
+      network=site.network,
       options=job.options,
       config=job.config,
       rules={bits: rule.describe() for bits, rule in job.rules.items()},
@@ -220,7 +191,7 @@ def execute(job: Job) -> None:
       held_out=len(held_out),
       eval_name=job.eval_data.name if job.eval_data else None,
       final_name=final.name,
-      integers=f"{len(representable_weights(final))} of {len(job.rules[job.options.bits[-1]].resolve(job.network))} layers "
+      integers=f"{len(representable_weights(final))} of {len(job.rules[job.options.bits[-1]].resolve(site.network))} layers "
       "with integer weights beside the float ones",
     ),
     samples=samples,
@@ -229,28 +200,7 @@ def execute(job: Job) -> None:
     scores=scores,
     tuned=tuned[1] if tuned else None,
   )
-  say(f"done: {job.stages.folder / 'report.html'}")
-
-
-def make_images(job: Job, config: SynthesisConfig, folder: str, stream: int) -> SampleSet:
-  """Synthesize calibration and held-out images of one scheme, resuming what is there."""
-  return synthesize(
-    job.network,
-    config.replace(batch_size=config.batch_size if config.is_optimized else job.total),
-    num_images=job.total,
-    key=job.key(stream),
-    workdir=job.stages.folder / folder,
-    devices=job.group,
-    progress=config.is_optimized,
-    checkpoint_seconds=job.options.checkpoint_seconds,
-    should_stop=lambda: job.shutdown.requested,
-  )
-
-
-def real_images(job: Job, data: ImageData) -> np.ndarray:
-  """As many real images as there are synthetic ones, drawn evenly over the data set."""
-  count = min(job.chosen.images, len(data))
-  return data.read(np.linspace(0, len(data) - 1, count).round().astype(int))
+  say(f"done: {site.stages.folder / 'report.html'}")
 
 
 def _similarities(job: Job, calibration: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
@@ -260,36 +210,17 @@ def _similarities(job: Job, calibration: Mapping[str, np.ndarray]) -> dict[str, 
   }
   if job.config.is_optimized:
     count = min(job.config.batch_size, job.total)
-    start = functools.partial(starting_images, job.network, job.config, count=count, key=job.key(_SYNTHESIS_KEY))
+    start = functools.partial(
+      starting_images, job.site.network, job.config, count=count, key=job.key(SYNTHESIS_KEY), devices=job.site.group
+    )
     sets = {"start": start, **sets}
   found = {}
   for name, images in sets.items():
-    job.shutdown_point()
-    try:
-      found[name] = _similarity(
-        measure(
-          job.network,
-          images(),
-          include_input=True,
-          batch_size=32,
-          devices=job.group,
-          should_stop=lambda: job.shutdown.requested,
-        )
-      )
-    except NoBatchNormError:
+    result = stages.similarity(job.site, images())
+    if result is None:
       return None
+    found[name] = result
   return found
-
-
-def _similarity(similarity: Similarity) -> dict[str, Any]:
-  layers = similarity.layer_means()
-  without_input = [value for layer, value in layers.items() if layer != INPUT]
-  return {
-    "jkl": float(similarity.jkl),
-    "without_input": float(np.mean(without_input)),
-    "per_layer": layers,
-    "count": similarity.count,
-  }
 
 
 def calibrate_all(
@@ -299,86 +230,28 @@ def calibrate_all(
 
   One pass over each image set serves all precisions: the ranges are those of the float network.
   """
-  tables = {data: _range_table(job, data, images) for data, images in calibration.items()}
+  site = job.site
+  tables = {data: range_table(site, f"ranges-{data}", images, words=data) for data, images in calibration.items()}
   quantized: dict[str, dict[str, QuantizedNetwork]] = {}
   scores: dict[str, dict[str, Any]] = {}
   for bits, rules in job.rules.items():
     quantized[bits], scores[bits] = {}, {}
     for data, table in tables.items():
-      ranges = ranges_from(
-        table,
-        rules,
-        key=job.key(_CALIBRATION_KEY),
-        steps=job.chosen.calibration_steps,
-        batch_size=job.chosen.calibration_batch,
-      )
-      network = quantize(job.network, rules, ranges)
+      network = calibrated(site.network, table, rules, job.chosen, key=job.key(CALIBRATION_KEY))
       quantized[bits][data] = network
-      scores[bits][data] = job.stages.once(f"calibrated-{bits}-{data}", functools.partial(scorer.score, network))
+      scores[bits][data] = site.stages.once(f"calibrated-{bits}-{data}", functools.partial(scorer.score, network))
       say(f"calibrated {bits} with {data}: {results.in_words(scores[bits][data])}")
   return quantized, scores
-
-
-def _range_table(job: Job, data: str, images: np.ndarray) -> RangeTable:
-  """Activation extremes of every image, kept between runs."""
-  job.shutdown_point()
-
-  def compute() -> dict[str, Any]:
-    say(f"observing activation ranges on {len(images)} {data} images")
-    table = observe_ranges(
-      job.network,
-      images,
-      batch_size=32,
-      progress=True,
-      devices=job.group,
-      should_stop=lambda: job.shutdown.requested,
-    )
-    return table.to_json()
-
-  return RangeTable.from_json(job.stages.once(f"ranges-{data}", compute))
 
 
 def fine_tune(
   job: Job, student: QuantizedNetwork, images: np.ndarray, scorer: Scorer
 ) -> tuple[QuantizedNetwork, dict[str, Any]] | None:
   """Distill the float network into the last precision of --bits; the tuned network and its score, or None for 0 steps."""
-  steps = job.chosen.distill_steps
-  if steps == 0:
+  if job.chosen.distill_steps == 0:
     return None
-  job.shutdown_point()
-  say(f"fine-tuning {student.name}: {steps} steps")
-  tuned = distill(
-    student,
-    job.network,
-    images,
-    distill_config(job),
-    key=job.key(_DISTILL_KEY),
-    workdir=job.stages.folder,
-    devices=job.group,
-    progress=True,
-  )
-  score = job.stages.once("distilled", lambda: scorer.score(tuned))
+  config = distill_config(job.options, job.site.network, job.chosen, job.config.scheme)
+  tuned = fine_tuned(job.site, student, images, config, key=job.key(DISTILL_KEY))
+  score = job.site.stages.once("distilled", lambda: scorer.score(tuned))
   say(f"fine-tuned {student.name}: {results.in_words(score)}")
   return tuned, score
-
-
-def distill_config(job: Job) -> DistillConfig:
-  """Settings of the fine-tuning: published ones under --preset paper, else those that suit a short run."""
-  chosen, small = job.chosen, job.network.image_shape[0] <= 64
-  # Noise has other statistics than data, so the running ones are kept; and without the batch's own statistics only a
-  # tenth of the learning rate is stable.
-  frozen = job.config.scheme == GAUSSIAN
-  changes: dict[str, Any] = {
-    "steps": chosen.distill_steps,
-    "batch_size": chosen.distill_batch_size,
-    "batch_norm": "frozen" if frozen else "train",
-    "checkpoint_every": job.options.checkpoint_steps,
-  }
-  if job.options.preset != "paper" or job.options.distill_steps is not None:
-    changes["warmup_steps"] = chosen.distill_steps // 20
-  if job.options.distill_learning_rate is not None:
-    changes["learning_rate"] = job.options.distill_learning_rate
-  elif frozen:
-    changes["learning_rate"] = 0.01 if job.options.preset == "paper" else 0.001
-  name = ("cifar" if small else "imagenet") if job.options.preset == "paper" else "short"
-  return DistillConfig.preset(name, **changes)

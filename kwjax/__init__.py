@@ -5,6 +5,9 @@ The stages, in the order in which data goes through them: a `Network`; the stati
 `quantize`, `integer_weights`); fine-tuning (`distill`); how good the copy is (`evaluate`, `agreement`).
 """
 
+from kwjax.analysis.attacks import fgsm, fgsm_images
+from kwjax.analysis.divergence_scores import ScoreReference, divergence_scores, fit_scores, image_divergences
+from kwjax.analysis.roc import auroc, auroc_interval, max_softmax
 from kwjax.analysis.similarity import Similarity, measure
 from kwjax.batchnorm import Moments, bns_loss, gaussian_kl, observe, reference_moments
 from kwjax.distillation import DistillConfig, distill, distill_step
@@ -32,6 +35,7 @@ from kwjax.synthesis import (
   SynthesisConfig,
   dead_leaves,
   gaussian_images,
+  save_tfds,
   synthesis_loss,
   synthesis_step,
   synthesize,
@@ -53,24 +57,33 @@ __all__ = [
   "QuantizedNetwork",
   "Ranges",
   "SampleSet",
+  "ScoreReference",
   "Similarity",
   "SynthesisConfig",
   "agreement",
+  "auroc",
+  "auroc_interval",
   "bns_loss",
   "calibrate",
   "dead_leaves",
   "distill",
   "distill_step",
+  "divergence_scores",
   "evaluate",
   "fake_quant",
+  "fgsm",
+  "fgsm_images",
+  "fit_scores",
   "gaussian_images",
   "gaussian_kl",
   "get_model",
+  "image_divergences",
   "integer_weights",
   "known_models",
   "load_data",
   "load_network",
   "load_quantized",
+  "max_softmax",
   "measure",
   "model_info",
   "observe",
@@ -78,6 +91,7 @@ __all__ = [
   "reference_moments",
   "save_network",
   "save_quantized",
+  "save_tfds",
   "synthesis_loss",
   "synthesis_step",
   "synthesize",

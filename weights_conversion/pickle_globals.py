@@ -17,6 +17,14 @@ class Inert:
   name: str
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stateful(Inert):
+  """An inert value that keeps its arguments and the states its pickle gives it, plain data, for whoever asked for it."""
+
+  args: tuple[Any, ...] = ()
+  states: list[Any] = dataclasses.field(default_factory=list)
+
+
 @dataclasses.dataclass(frozen=True)
 class Global:
   """A permitted name. `build` makes inert data from the arguments; names without it may only be mentioned."""

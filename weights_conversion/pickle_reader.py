@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from kwjax.errors import WeightsError
-from weights_conversion.pickle_globals import Global, Inert, find_global, scalar_key
+from weights_conversion.pickle_globals import Global, Inert, Stateful, find_global, scalar_key
 from weights_conversion.tensors import TensorView
 
 MAX_PICKLE_BYTES = 1 << 26
@@ -39,30 +39,46 @@ _STRINGS: dict[int, tuple[str, str]] = {
 _FIXED_TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
 
 
-def load_pickle(stream: BinaryIO, persistent_load: Callable[[Any], Any] | None = None) -> Any:
+def load_pickle(
+  stream: BinaryIO,
+  persistent_load: Callable[[Any], Any] | None = None,
+  *,
+  names: Callable[[str, str], Global] = find_global,
+  max_bytes: int = MAX_PICKLE_BYTES,
+) -> Any:
   """Interpret one pickle from `stream` and leave the stream right after its STOP opcode.
 
   Args:
     stream: positioned at the pickle.
     persistent_load: turns a persistent id (a tuple) into data; without it persistent ids are refused.
+    names: the stand-in of `module.name`, or a WeightsError; by default those of a state dict.
+    max_bytes: a longer pickle is refused.
 
   Returns: str, bytes, numbers, None, dict, list, tuple, set, `TensorView`, `Inert` and `Global`, nested.
 
   Raises:
     WeightsError: the pickle is malformed, cut off, larger than the limits, or asks for a name outside the table.
   """
-  return _Machine(stream, persistent_load).run()
+  return _Machine(stream, persistent_load, names, max_bytes).run()
 
 
 class _Machine:
   """One run of the interpreter: wraps the stream, the value stack and the memo."""
 
-  def __init__(self, stream: BinaryIO, persistent_load: Callable[[Any], Any] | None) -> None:
+  def __init__(
+    self,
+    stream: BinaryIO,
+    persistent_load: Callable[[Any], Any] | None,
+    names: Callable[[str, str], Global],
+    max_bytes: int,
+  ) -> None:
     self.stream = stream
     self.persistent_load = persistent_load
+    self.names = names
+    self.max_bytes = max_bytes
     self.stack: list[Any] = []
     self.memo: dict[int, Any] = {}
-    self.left = MAX_PICKLE_BYTES
+    self.left = max_bytes
     self.operations = 0
 
   def run(self) -> Any:
@@ -80,7 +96,7 @@ class _Machine:
 
   def read(self, count: int) -> bytes:
     if count > self.left:
-      raise WeightsError(f"its pickle is longer than {MAX_PICKLE_BYTES} bytes")
+      raise WeightsError(f"its pickle is longer than {self.max_bytes} bytes")
     data = self.stream.read(count)
     if len(data) < count:
       raise WeightsError("its pickle is cut off")
@@ -174,16 +190,16 @@ class _Machine:
     self.set_items(items)
 
   def push_global(self) -> None:
-    self.stack.append(find_global(self.line(), self.line()))
+    self.stack.append(self.names(self.line(), self.line()))
 
   def stack_global(self) -> None:
     name, module = self.pop(), self.pop()
     if not isinstance(name, str) or not isinstance(module, str):
       raise WeightsError("its pickle is malformed: it asks for a name that is no text")
-    self.stack.append(find_global(module, name))
+    self.stack.append(self.names(module, name))
 
   def instantiate(self) -> None:
-    find_global(self.line(), self.line())
+    self.names(self.line(), self.line())
     raise WeightsError("refused, nothing was run: its pickle uses the opcode INST")
 
   def call(self) -> None:
@@ -202,8 +218,10 @@ class _Machine:
 
   def build(self) -> None:
     # State of an OrderedDict (its _metadata), of a Parameter or of something inert: none of it is a weight.
-    self.pop()
-    self.top(dict, Inert, TensorView)
+    state = self.pop()
+    target = self.top(dict, Inert, TensorView)
+    if isinstance(target, Stateful):
+      target.states.append(state)
 
   def persistent_id(self) -> None:
     identifier = self.pop()

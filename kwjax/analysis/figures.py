@@ -8,17 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kwjax.analysis.drawing import GREY, colour_of, new_axes, plain_text, save_figure
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike
-
-_DPI = 144
-# Okabe and Ito's colours, told apart by every kind of colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_GREY = "#666666"
 
 
 def image_grid(
@@ -74,8 +68,8 @@ def image_grid(
   for text, (left, top) in zip(titles or (), corners):
     size = min(10.0, 72 / 100 * 1.7 * width / max(len(text), 1))
     where = ((left + width / 2) / canvas.shape[1], 1 - (top - 5) / canvas.shape[0])
-    figure.text(*where, _plain(text), ha="center", va="bottom", fontsize=size)
-  return _save(figure, path, dpi=100)
+    figure.text(*where, plain_text(text), ha="center", va="bottom", fontsize=size)
+  return save_figure(figure, path, dpi=100)
 
 
 def jkl_curve(
@@ -94,7 +88,7 @@ def jkl_curve(
   Raises:
     KwjaxError: no curve holds a positive number, or the lengths of a curve differ.
   """
-  figure, axes = _axes(7, 4)
+  figure, axes = new_axes(7, 4)
   drawn = 0
   for i, (name, (steps, values)) in enumerate(curves.items()):
     x, y = np.asarray(steps, float).reshape(-1), np.asarray(values, float).reshape(-1)
@@ -103,23 +97,25 @@ def jkl_curve(
     good = np.isfinite(y) & (y > 0)
     drawn += int(good.sum())
     marker = "o" if len(x) < 3 else None
-    axes.plot(x, np.where(good, y, np.nan), color=_colour(i), label=_plain(name), marker=marker, linewidth=1.6)
+    axes.plot(x, np.where(good, y, np.nan), color=colour_of(i), label=plain_text(name), marker=marker, linewidth=1.6)
     if good.any():
       last = np.flatnonzero(good)[-1]
       axes.annotate(f"{y[last]:.3g}", (x[last], y[last]), (4, 0), textcoords="offset points", va="center", fontsize=8)
   if not drawn:
     raise KwjaxError(f"jkl_curve: no positive, finite value in {sorted(curves)}")
   for name, value in (references or {}).items():
-    axes.axhline(value, color=_GREY, linestyle="--", linewidth=1)
+    axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
     # Text in a blended frame: left edge of the axes, height of the line.
-    axes.text(0.01, value, _plain(f"{name} {value:.3g}"), transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
+    axes.text(
+      0.01, value, plain_text(f"{name} {value:.3g}"), transform=axes.get_yaxis_transform(), fontsize=8, va="bottom"
+    )
   axes.set_yscale("log")
   axes.set_xlabel("step")
   axes.set_ylabel("$J_{KL}$ (nats)")
   axes.margins(x=0.07)
   if len(curves) > 1 or "" not in curves:
     axes.legend(frameon=False, fontsize=9)
-  return _save(figure, path)
+  return save_figure(figure, path)
 
 
 def layer_bars(divergences: Mapping[str, Mapping[str, float]], path: PathLike, *, worst: int = 5) -> pathlib.Path:
@@ -144,12 +140,14 @@ def layer_bars(divergences: Mapping[str, Mapping[str, float]], path: PathLike, *
     if set(divergences[name]) != set(layers):
       raise KwjaxError(f"layer_bars: {name} and {sets[0]} differ in {sorted(set(divergences[name]) ^ set(layers))}")
   named = len(layers) <= 24
-  figure, axes = _axes(max(7.0, min(13.0, 1.5 + 0.16 * len(layers) * max(1, len(sets) * 0.6))), 4.8 if named else 4.2)
+  figure, axes = new_axes(
+    max(7.0, min(13.0, 1.5 + 0.16 * len(layers) * max(1, len(sets) * 0.6))), 4.8 if named else 4.2
+  )
   positions, width = np.arange(len(layers)), 0.84 / len(sets)
   positive = [v for name in sets for v in divergences[name].values() if np.isfinite(v) and v > 0]
   for i, name in enumerate(sets):
     values = np.array([divergences[name][layer] for layer in layers], float)
-    axes.bar(positions + (i - (len(sets) - 1) / 2) * width, values, width, color=_colour(i), label=_plain(name))
+    axes.bar(positions + (i - (len(sets) - 1) / 2) * width, values, width, color=colour_of(i), label=plain_text(name))
   first = np.array([divergences[sets[0]][layer] for layer in layers], float)
   order = np.argsort(-np.nan_to_num(first, nan=np.inf))[: min(worst, len(layers))]
   if positive and max(positive) > 30 * min(positive):
@@ -157,16 +155,16 @@ def layer_bars(divergences: Mapping[str, Mapping[str, float]], path: PathLike, *
   axes.set_ylabel("mean divergence (nats)")
   axes.margins(x=0.01)
   if named:
-    axes.set_xticks(positions, [_plain(_short(layer, 24)) for layer in layers], rotation=60, ha="right", fontsize=7)
+    axes.set_xticks(positions, [plain_text(_short(layer, 24)) for layer in layers], rotation=60, ha="right", fontsize=7)
   else:
     axes.set_xlabel("layer, in execution order")
     listing = "\n".join(f"{positions[i]}  {_short(layers[i])}  {first[i]:.3g}" for i in order)
     title = f"worst layers, {sets[0]}:\n" if len(sets) > 1 else "worst layers:\n"
     # Beside the axes, so that it hides no bar whatever their heights.
-    axes.text(1.01, 1, _plain(title + listing), transform=axes.transAxes, va="top", fontsize=8, linespacing=1.5)
+    axes.text(1.01, 1, plain_text(title + listing), transform=axes.transAxes, va="top", fontsize=8, linespacing=1.5)
   if len(sets) > 1 or not named:
     axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
-  return _save(figure, path)
+  return save_figure(figure, path)
 
 
 def accuracy_bars(
@@ -194,64 +192,35 @@ def accuracy_bars(
   sources = list(dict.fromkeys(source for row in accuracies.values() for source in row))
   if not any(value is not None for row in accuracies.values() for value in row.values()):
     raise KwjaxError("accuracy_bars: nothing was measured")
-  figure, axes = _axes(max(6.0, 1.6 + 0.55 * len(accuracies) * (len(sources) + 1)), 4)
+  figure, axes = new_axes(max(6.0, 1.6 + 0.55 * len(accuracies) * (len(sources) + 1)), 4)
   width = 0.84 / len(sources)
   for i, source in enumerate(sources):
     for group, (bits, row) in enumerate(accuracies.items()):
       x, found = group + (i - (len(sources) - 1) / 2) * width, row.get(source)
       if found is None:
-        axes.text(x, 1, "not measured", rotation=90, ha="center", va="bottom", fontsize=7, color=_GREY)
+        axes.text(x, 1, "not measured", rotation=90, ha="center", va="bottom", fontsize=7, color=GREY)
         continue
       value, low, high = found
       if not 0 <= low <= value <= high <= 1:
         raise KwjaxError(f"accuracy_bars: {bits}, {source}: expected 0 <= low <= value <= high <= 1, found {found}")
       errors = [[100 * (value - low)], [100 * (high - value)]]
-      axes.bar(x, 100 * value, width * 0.94, color=_colour(i), yerr=errors, ecolor="#333333", capsize=2)
+      axes.bar(x, 100 * value, width * 0.94, color=colour_of(i), yerr=errors, ecolor="#333333", capsize=2)
       # At the foot, where neither the error bar nor the reference line runs through it.
       inside = value > 0.1
       place, colour = (1.5, "white") if inside else (100 * high + 1, "black")
       axes.text(x, place, f"{100 * value:.1f}", ha="center", va="bottom", fontsize=8, color=colour)
   if reference is not None:
-    axes.axhline(100 * reference, color=_GREY, linestyle="--", linewidth=1, label=f"float {100 * reference:.1f}")
+    axes.axhline(100 * reference, color=GREY, linestyle="--", linewidth=1, label=f"float {100 * reference:.1f}")
   for i, source in enumerate(sources):
-    axes.bar(0, 0, color=_colour(i), label=_plain(source))
-  axes.set_xticks(range(len(accuracies)), [_plain(bits) for bits in accuracies])
+    axes.bar(0, 0, color=colour_of(i), label=plain_text(source))
+  axes.set_xticks(range(len(accuracies)), [plain_text(bits) for bits in accuracies])
   axes.set_ylabel(ylabel)
   axes.set_xlim(-0.6, len(accuracies) - 0.4)
   axes.set_ylim(0, 100)
   axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
-  return _save(figure, path)
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-  figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-  axes = figure.subplots()
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-  axes.set_axisbelow(True)
-  return figure, axes
-
-
-def _save(figure: Figure, path: PathLike, dpi: int = _DPI) -> pathlib.Path:
-  path = pathlib.Path(path)
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # No date or version in the file: the same data gives the same bytes.
-    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None}, pil_kwargs={"dpi": (dpi, dpi)})
-  except OSError as error:
-    raise KwjaxError(f"cannot write the figure {path}: {error.strerror or error}") from error
-  return path
-
-
-def _colour(index: int) -> str:
-  return _COLOURS[index % len(_COLOURS)]
+  return save_figure(figure, path)
 
 
 def _short(layer: str, length: int = 34) -> str:
   """Long layer paths keep their end, which tells them apart."""
   return layer if len(layer) <= length else "…" + layer[1 - length :]
-
-
-def _plain(text: str) -> str:
-  """Dollar signs would start matplotlib's formulas."""
-  return text.replace("$", r"\$")

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kwjax.distillation.config import Augment, DistillConfig
-from kwjax.distillation.mixup import Mixing, draw_mixing, mix
+from kwjax.distillation.config import Augment
+from kwjax.distillation.mixup import Mixing, Mixup, draw_mixing, mix
+from kwjax.runtime.parallel import DeviceGroup
 
 Array = jax.Array
+
+
+class Drawing(Protocol):
+  """What decides how batches are drawn; hashable."""
+
+  @property
+  def batch_size(self) -> int:
+    """Images a batch, over all devices."""
+    ...
+
+  @property
+  def mixup(self) -> Mixup | None:
+    """How images are mixed, or None."""
+    ...
+
+  @property
+  def augment(self) -> Augment | None:
+    """What is applied to each image, or None."""
+    ...
 
 
 class Plan(NamedTuple):
@@ -30,7 +51,7 @@ class Plan(NamedTuple):
   keys: Array | None
 
 
-def planner(key: Array, num_images: int, config: DistillConfig) -> Callable[[int], Plan]:
+def planner(key: Array, num_images: int, config: Drawing) -> Callable[[int], Plan]:
   """Step -> plan of its batch, a pure function of key and step.
 
   Each epoch is a permutation of the set drawn from `fold_in(key, epoch)`; batches follow one another through the
@@ -59,7 +80,7 @@ def planner(key: Array, num_images: int, config: DistillConfig) -> Callable[[int
 
 @functools.partial(jax.jit, static_argnames=("num_images", "config"))
 def _draw(
-  mix_key: Array, augment_key: Array, step: Array | int, num_images: int, config: DistillConfig
+  mix_key: Array, augment_key: Array, step: Array | int, num_images: int, config: Drawing
 ) -> tuple[Mixing | None, Array | None]:
   mixing, keys = None, None
   if config.mixup is not None:
@@ -78,6 +99,43 @@ def take(plan: Plan, rows: range) -> Plan:
 def gather(images: Any, plan: Plan) -> tuple[Any, Any]:
   """The batch's images and their partners (None without mixup), as they are stored, on the host or on a device."""
   return images[plan.chosen], None if plan.mixing is None else images[plan.mixing.partner]
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+  """The batches of a run on its devices.
+
+  Attributes:
+    group: the devices.
+    plan: step -> plan of its batch.
+    source: all images: a copy on each device, or on the host.
+    rows: which rows of a batch this process holds.
+    weights: of these rows on the devices, or None where batches divide over the devices.
+    is_resident: whether the images are on the devices.
+  """
+
+  group: DeviceGroup
+  plan: Callable[[int], Plan]
+  source: Any
+  rows: range
+  weights: Any
+  is_resident: bool
+
+  @classmethod
+  def of(
+    cls, images: Any, plan: Callable[[int], Plan], batch_size: int, group: DeviceGroup, resident_bytes: int
+  ) -> Feed:
+    """Places the images: on the devices if all copies together take at most `resident_bytes`, else on the host."""
+    rows, weights = group.rows(batch_size), group.weights(batch_size)
+    is_resident = images.nbytes * group.size <= resident_bytes
+    source = group.replicate(images) if is_resident else np.asarray(images)
+    return cls(group, plan, source, rows, None if weights is None else group.place(weights), is_resident)
+
+  def batch(self, step: int) -> tuple[Any, Plan]:
+    """What a step is given, the whole source or `gather`'s batch, and the plan of this process's rows, on the host."""
+    plan = self.plan(step)
+    plan = plan if self.weights is None and self.group.local == self.group else take(plan, self.rows)
+    return self.source if self.is_resident else self.group.place(gather(self.source, plan)), plan
 
 
 def assemble(images: Array, partners: Array | None, plan: Plan, augment: Augment | None) -> Array:

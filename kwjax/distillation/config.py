@@ -108,17 +108,8 @@ class DistillConfig:
     return dataclasses.replace(self, **changes)
 
   def learning_rate_at(self) -> optax.Schedule:
-    """Step -> learning rate: linear to the peak, reached at step `warmup_steps`, then a cosine to zero at step `steps`.
-
-    lr(t) = peak (t + 1) / (w + 1) for t < w, and peak (1 + cos(pi (t - w) / (steps - w))) / 2 from t = w on. The
-    warm-up starts above zero, so that the first step is not lost.
-    """
-    cosine = optax.cosine_decay_schedule(self.learning_rate, max(self.steps - self.warmup_steps, 1))
-    if self.warmup_steps == 0:
-      return cosine
-    first = self.learning_rate / (self.warmup_steps + 1)
-    warmup = optax.linear_schedule(first, self.learning_rate, self.warmup_steps)
-    return optax.join_schedules([warmup, cosine], [self.warmup_steps])
+    """Step -> learning rate: that of `warmup_cosine`."""
+    return warmup_cosine(self.learning_rate, self.steps, self.warmup_steps)
 
   def optimizer(self) -> optax.GradientTransformation:
     """SGD: v <- momentum v + g + weight_decay w;  w <- w - lr v, as PyTorch's."""
@@ -131,6 +122,19 @@ class DistillConfig:
     fields["mixup"] = None if self.mixup is None else dataclasses.asdict(self.mixup)
     fields["augment"] = None if self.augment is None else _function_name(self.augment)
     return fields
+
+
+def warmup_cosine(peak: float, steps: int, warmup_steps: int) -> optax.Schedule:
+  """Step -> learning rate: linear to the peak, reached at step `warmup_steps`, then a cosine to zero at step `steps`.
+
+  lr(t) = peak (t + 1) / (w + 1) for t < w, and peak (1 + cos(pi (t - w) / (steps - w))) / 2 from t = w on. The
+  warm-up starts above zero, so that the first step is not lost.
+  """
+  cosine = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1))
+  if warmup_steps == 0:
+    return cosine
+  warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+  return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
 def _function_name(function: Augment) -> str:

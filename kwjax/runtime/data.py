@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from kwjax.errors import DataError
-from kwjax.runtime import data_sources
+from kwjax.runtime import data_idx, data_sources
 from kwjax.runtime.data_sources import Source, describe_shape
 
 Batch = tuple[np.ndarray, np.ndarray | None, np.ndarray]
@@ -128,12 +128,18 @@ def load_data(
     `FOLDER` or `FILE.zip` of images: named `CLASS_...` with CLASS an integer; or in one folder a class (folders in
       sorted order are 0, 1, ...; a part of the ImageNet folders `nXXXXXXXX` keeps its places among the 1000 classes);
       or without classes.
-    `FOLDER` with `t10k-images-idx3-ubyte.gz` and its siblings (MNIST, Fashion-MNIST).
-    `tfds:NAME`: a prepared TensorFlow data set in array_record or parquet form; TensorFlow is not needed.
+    `FOLDER` or `FOLDER/PREFIX` of idx files, gzipped or not: `PREFIXt10k-images-idx3-ubyte.gz` and its siblings (MNIST,
+      Fashion-MNIST, KMNIST, EMNIST), or one such file.
+    `tfds:NAME` or `tfds:NAME/CONFIG:VERSION`: a prepared TensorFlow data set in array_record or parquet form, in
+      `TFDS_DATA_DIR` or `~/tensorflow_datasets`; TensorFlow is not needed.
+    `tfds:FOLDER`: the same by its folder (the one with `dataset_info.json`), as `kwjax.save_tfds` writes.
 
-  Images in files whose size differs are resized, antialiased and bilinear, until the shorter side is 256/224 of the
-  wanted one (not if they already have that size), and the centre is cut out: the usual ImageNet evaluation. 28x28
-  images wanted at 32x32 get a black border of two pixels instead; grey images of idx and tfds sets become RGB.
+  Photographs - image files, and tfds sets whose images differ in size - that do not have the wanted size are resized,
+  antialiased and bilinear, until the shorter side is 256/224 of the wanted one (not if they already have that size), and
+  the centre is cut out: the usual ImageNet evaluation. Sets of equal images (arrays, idx, other tfds sets) are shown
+  whole: larger ones, such as STL-10's, are resized likewise until the shorter side is the wanted one, smaller ones are
+  refused. 28x28 images wanted at 32x32 get a black border of two pixels, which keeps every stroke as it was drawn. Grey
+  images of idx and tfds sets become RGB by repetition where three channels are wanted.
 
   Args:
     spec: see above.
@@ -146,8 +152,9 @@ def load_data(
     `ImageData`; images in folders, zips and tfds sets are decoded each time they are read.
 
   Raises:
-    DataError: nothing there, an unknown form or split, no images, wrong channels, pixels outside the range or NaN, or
-      labels outside the classes; images in files are checked when read, and the file is named.
+    DataError: nothing there (for a tfds set with the command that prepares it), an unknown form or split, no images,
+      wrong channels or size, pixels outside the range or NaN, or labels outside the classes; images in files are checked
+      when read, and the file is named.
   """
   path, split = _split_of(spec, split)
   if limit is not None and limit < 1:
@@ -157,7 +164,11 @@ def load_data(
 
     source, labels = data_tfds.open_tfds(path.removeprefix("tfds:"), split, limit)
   else:
-    source, labels = data_sources.open_path(pathlib.Path(path).expanduser(), split, num_classes)
+    place = pathlib.Path(path).expanduser()
+    if idx := data_idx.find_idx(place):
+      source, labels = data_idx.open_idx(place, idx, split)
+    else:
+      source, labels = data_sources.open_path(place, split, num_classes)
   if not source.count:
     raise DataError(f"{spec} holds no images")
   if limit is not None and limit < source.count:
@@ -199,7 +210,7 @@ def _split_of(spec: str, split: str | None) -> tuple[str, str | None]:
   if match is None:
     return spec, split
   head, tail = match.groups()
-  is_path = not prefix and (pathlib.Path(rest).expanduser().exists() or "/" in tail or "\\" in tail)
+  is_path = pathlib.Path(rest).expanduser().exists() or "/" in tail or "\\" in tail
   if is_path or (prefix and re.fullmatch(r"\d+\.\d+\.\d+|\*", tail)):
     return spec, split
   if split is not None and split != tail:

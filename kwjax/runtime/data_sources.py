@@ -1,9 +1,8 @@
-"""The forms images come in: arrays, folders, zips and idx files; each reads one image as f32[h,w,c] in [0, 1]."""
+"""The forms images come in: arrays, folders and zips; each reads one image as f32[h,w,c] in [0, 1]."""
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import io
 import pathlib
 import re
@@ -19,11 +18,10 @@ from kwjax.errors import DataError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _SPLITS = {"test": ("test",), "validation": ("validation", "val", "valid"), "train": ("train",)}
-_IDX_PREFIX = {"test": "t10k", "train": "train"}
 # What decoders raise for a damaged or hostile file: PIL OSError, SyntaxError (PNG), ValueError and its error for images
 # of too many pixels; zipfile BadZipFile, zlib.error (an Exception of its own), EOFError, RuntimeError (a password, an
 # unknown compression); NumPy MemoryError for an array that claims to be huge.
-_UNREADABLE = (
+UNREADABLE = (
   OSError,
   SyntaxError,
   ValueError,
@@ -72,7 +70,7 @@ class ArraySource:
 
   def read(self, index: int, shape: Shape) -> np.ndarray:
     """Image `index` as f32[shape] in [0, 1]."""
-    return fit(self.pixels[index], shape, self.name, grey_to_rgb=self.grey_to_rgb)
+    return fit(self.pixels[index], shape, self.name, grey_to_rgb=self.grey_to_rgb, photographs=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +101,7 @@ class FileSource:
       raise DataError(f"{self.place}: image files have 1 or 3 channels, {channels} are asked for")
     try:
       return decode(self.load(name), channels)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
       raise DataError(f"{self.place}: cannot read image {name}: {error}") from error
 
 
@@ -119,7 +117,9 @@ def describe_shape(shape: tuple[int, ...]) -> str:
   return f"[{','.join(map(str, shape))}]"
 
 
-def fit(pixels: np.ndarray, shape: Shape, name: str, *, grey_to_rgb: bool = False) -> np.ndarray:
+def fit(
+  pixels: np.ndarray, shape: Shape, name: str, *, grey_to_rgb: bool = False, photographs: bool = True
+) -> np.ndarray:
   """One image in the wanted shape, f32[shape] in [0, 1]; see `load_data` for the rule.
 
   Args:
@@ -127,9 +127,11 @@ def fit(pixels: np.ndarray, shape: Shape, name: str, *, grey_to_rgb: bool = Fals
     shape: (height, width, channels) wanted.
     name: what to call the image in an error.
     grey_to_rgb: repeat one channel three times where three are wanted.
+    photographs: of any size, shown as the usual ImageNet evaluation does; else the image is one of a set of equal
+      ones, and all of it is shown.
 
   Raises:
-    DataError: the channels differ.
+    DataError: the channels differ, or an image of a set of equal ones is smaller than wanted.
   """
   if grey_to_rgb and pixels.shape[2] == 1 and shape[2] == 3:
     pixels = np.repeat(pixels, 3, axis=2)
@@ -137,22 +139,26 @@ def fit(pixels: np.ndarray, shape: Shape, name: str, *, grey_to_rgb: bool = Fals
     raise DataError(f"{name}: expected {shape[2]} channels, found an image {describe_shape(pixels.shape)}")
   if pixels.shape[:2] != shape[:2]:
     if pixels.shape[:2] == (28, 28) and shape[:2] == (32, 32):
+      # Interpolation would blur the strokes and change the statistics; a border only adds more of the background.
       pixels = np.pad(pixels, ((2, 2), (2, 2), (0, 0)))
+    elif photographs or (pixels.shape[0] >= shape[0] and pixels.shape[1] >= shape[1]):
+      pixels = _resize_and_crop(pixels, shape[0], shape[1], 256 / 224 if photographs else 1.0)
     else:
-      pixels = _resize_and_crop(pixels, shape[0], shape[1])
+      found = f"{pixels.shape[0]}x{pixels.shape[1]}"
+      raise DataError(f"{name}: images of {found} pixels are smaller than the wanted {shape[0]}x{shape[1]}")
   if pixels.dtype == np.uint8:
     return pixels.astype(np.float32) / np.float32(255)
   return np.clip(pixels, 0, 1)
 
 
-def _resize_and_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+def _resize_and_crop(pixels: np.ndarray, height: int, width: int, margin: float) -> np.ndarray:
   # 256/224 is the margin of the usual ImageNet evaluation; both sides must still cover the crop of a wide shape.
-  margin = round(max(height, width) * 256 / 224)
+  side = round(max(height, width) * margin)
   old_height, old_width = pixels.shape[:2]
-  if min(old_height, old_width) != margin:
-    scale = margin / min(old_height, old_width)
+  if min(old_height, old_width) != side:
+    scale = side / min(old_height, old_width)
     # PIL's `reducing_gap` stays off: it would change the result for the sake of speed.
-    pixels = _resize(pixels, max(int(old_height * scale), margin), max(int(old_width * scale), margin))
+    pixels = _resize(pixels, max(int(old_height * scale), side), max(int(old_width * scale), side))
   top, left = round((pixels.shape[0] - height) / 2), round((pixels.shape[1] - width) / 2)
   return pixels[top : top + height, left : left + width]
 
@@ -186,17 +192,15 @@ def checked_pixels(images: np.ndarray, name: str) -> np.ndarray:
 
 
 def open_path(path: pathlib.Path, split: str | None, num_classes: int | None) -> tuple[Source, np.ndarray | None]:
-  """Opens a file or folder as `load_data` describes; labels are not checked yet.
+  """Opens an .npz, a zip or a folder as `load_data` describes; labels are not checked yet.
 
   Raises:
     DataError: nothing is there, or the form is unknown.
   """
+  if path.suffix == ".npz" and path.is_file():
+    return _open_npz(path, split)
   if not path.exists():
     raise DataError(f"no such data: {path}")
-  if path.suffix == ".npz":
-    return _open_npz(path, split)
-  if path.is_dir() and any(path.glob("*-images-idx3-ubyte*")):
-    return _open_idx(path, split)
   if path.is_dir():
     folder = path / split if split else path
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
@@ -251,7 +255,7 @@ def _open_npz(path: pathlib.Path, split: str | None) -> tuple[Source, np.ndarray
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
       keys = _npz_keys(path, list(arrays.files), split)
       images, labels = (arrays[key] if key else None for key in keys)
-  except _UNREADABLE as error:
+  except UNREADABLE as error:
     if isinstance(error, DataError):
       raise
     raise DataError(f"cannot read {path}: {error}") from error
@@ -269,29 +273,3 @@ def _npz_keys(path: pathlib.Path, keys: list[str], split: str | None) -> tuple[s
     if images in keys:
       return images, labels if labels in keys else None
   raise DataError(f"{path} has the arrays {sorted(keys)}, expected one of {[images for images, _ in pairs]}")
-
-
-def _open_idx(folder: pathlib.Path, split: str | None) -> tuple[Source, np.ndarray | None]:
-  names = [split] if split else list(_IDX_PREFIX)
-  for name in names:
-    prefix = _IDX_PREFIX.get(name, name)
-    found = sorted(folder.glob(f"{prefix}-images-idx3-ubyte*"))
-    if found:
-      images = _read_idx(found[0])
-      labels_path = found[0].with_name(found[0].name.replace("images-idx3", "labels-idx1"))
-      labels = _read_idx(labels_path) if labels_path.exists() else None
-      return ArraySource(checked_pixels(images[..., None], found[0].name), found[0].name, grey_to_rgb=True), labels
-  raise DataError(f"{folder} has no {' or '.join(names)} images: expected t10k- or train-images-idx3-ubyte.gz")
-
-
-def _read_idx(path: pathlib.Path) -> np.ndarray:
-  """An idx file, gzipped or not: 0, 0, type 8 (uint8), number of axes, each axis as big-endian u32, then the bytes."""
-  try:
-    data = path.read_bytes()
-    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
-    if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * data[3] + int(np.prod(shape, dtype=np.int64)):
-      raise ValueError("not an idx file of bytes, or cut off")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-  except (*_UNREADABLE, IndexError) as error:
-    raise DataError(f"cannot read {path}: {error}") from error

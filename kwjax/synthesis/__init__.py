@@ -6,6 +6,7 @@ from kwjax.synthesis.noise import dead_leaves, gaussian_images
 from kwjax.synthesis.objective import TERMS, Evidence, Objective, evaluate_objective, inception_loss, smoothness_prior
 from kwjax.synthesis.pixels import SynthesisState, initial_state, synthesis_loss, synthesis_step
 from kwjax.synthesis.store import ImageStore
+from kwjax.synthesis.store_tfds import save_tfds
 from kwjax.synthesis.synthesize import SampleSet, batch_sizes, starting_images, synthesize
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
   "gaussian_images",
   "inception_loss",
   "initial_state",
+  "save_tfds",
   "smoothness_prior",
   "starting_images",
   "synthesis_loss",

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from kwjax.analysis import figures
+from kwjax.analysis import drawing, figures
 from kwjax.errors import KwjaxError
 
 
@@ -82,7 +82,7 @@ def test_bars_are_as_high_as_their_values(tmp_path: pathlib.Path) -> None:
   path = figures.accuracy_bars({"8w8a": {"a": (0.8, 0.8, 0.8), "b": (0.4, 0.4, 0.4)}}, tmp_path / "bars.png")
   pixels = _pixels(path).astype(int)
   heights = []
-  for colour in figures._COLOURS[:2]:
+  for colour in drawing.COLOURS[:2]:
     rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
     heights.append((np.abs(pixels - rgb).sum(axis=2) < 30).sum(axis=0).max())
   assert heights[0] / heights[1] == pytest.approx(2, rel=0.03)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import pathlib
-import subprocess
-import sys
 import zipfile
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
-import tensorflow_datasets as tfds
 
 from kwjax.errors import DataError
 from kwjax.runtime.data import array_data, load_data
@@ -166,6 +164,23 @@ def test_an_image_that_has_the_margin_is_only_cropped() -> None:
   np.testing.assert_array_equal(fit(pixels, (32, 40, 3), "image") * 255, pixels)
 
 
+def test_sets_of_equal_images_are_shown_whole_or_refused() -> None:
+  torch = pytest.importorskip("torch")
+  pixels = _pixels(2, 96, 96)
+  found = array_data(pixels)
+  shrunk = dataclasses.replace(found, image_shape=(32, 32, 3)).read([1])[0]
+  tensor = torch.tensor(pixels[1]).permute(2, 0, 1)[None].float()
+  expected = torch.nn.functional.interpolate(tensor, (32, 32), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+  # PIL rounds to whole grey levels after each of its two passes.
+  np.testing.assert_allclose(shrunk, expected.numpy() / 255, rtol=0, atol=1.1 / 255)
+  for shape in ((224, 224, 3), (97, 96, 3), (96, 97, 3)):
+    with pytest.raises(DataError, match=f"images of 96x96 pixels are smaller than the wanted {shape[0]}x{shape[1]}"):
+      dataclasses.replace(found, image_shape=shape).read([0])
+  # Of oblong images the centre is shown, over the whole of the shorter side.
+  oblong = dataclasses.replace(array_data(_pixels(1, 32, 40)), image_shape=(32, 32, 3))
+  np.testing.assert_array_equal(oblong.read([0])[0] * 255, _pixels(1, 32, 40)[0, :, 4:36])
+
+
 # --- files
 
 
@@ -272,73 +287,47 @@ def test_idx_becomes_padded_rgb(tmp_path: pathlib.Path) -> None:
   path.write_bytes(gzip.compress(_idx(test[..., 0]))[:-50])
   with pytest.raises(DataError, match=r"cannot read .*t10k-images"):
     load_data(str(tmp_path))
-  with pytest.raises(DataError, match="has no other images"):
+  with pytest.raises(DataError, match="has no other images: expected .*found"):
     load_data(f"{tmp_path}:other")
 
 
-# --- tensorflow-datasets
-
-_GREY = _pixels(5, 28, 28, 1, seed=7)
-
-
-class TinyDigits(tfds.core.GeneratorBasedBuilder):
-  """Five grey images; the test split has no labels, as in some published sets."""
-
-  VERSION = tfds.core.Version("1.0.0")
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    features = {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-  def _split_generators(self, manager: object) -> dict[str, Any]:
-    return {"validation": self._generate_examples(range(5)), "test": self._generate_examples([-1])}
-
-  def _generate_examples(self, labels: Any) -> Any:
-    for i, label in enumerate(labels):
-      yield f"{i:03d}", {"image": io.BytesIO(_png(_GREY[i])), "label": label}
-
-
-@pytest.fixture
-def prepared(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-  builder = TinyDigits(data_dir=tmp_path, file_format="array_record")
-  builder.download_and_prepare()
-  monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
-  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  return tmp_path
-
-
-def test_tfds_reads_a_prepared_set(prepared: pathlib.Path) -> None:
-  data = load_data("tfds:tiny_digits", image_shape=(32, 32, 3), num_classes=10)
-  images, labels = data.all()
-  assert labels is not None
-  # tfds shuffles while it writes: the label is the number of the image.
-  assert sorted(labels.tolist()) == [0, 1, 2, 3, 4]
-  np.testing.assert_array_equal(images[:, 2:30, 2:30] * 255, np.repeat(_GREY[labels], 3, axis=-1))
-  part = load_data("tfds:tiny_digits:1.0.0:validation[:3]", limit=2)
-  assert len(part) == 2
-  assert part.labels is not None
-  np.testing.assert_array_equal(part.labels, labels[:2])
-  with pytest.raises(DataError, match="tfds:tiny_digits has no split nosuch"):
-    load_data("tfds:tiny_digits:nosuch")
-  assert load_data("tfds:tiny_digits:test").labels is None
-
-
-def test_tfds_does_not_import_tensorflow(prepared: pathlib.Path) -> None:
-  code = (
-    "import sys\nfrom kwjax.runtime.data import load_data\n"
-    "print(load_data('tfds:tiny_digits').all()[0].shape, 'tensorflow' in sys.modules)"
+def test_idx_by_prefix_and_by_file(tmp_path: pathlib.Path) -> None:
+  letters, mnist = _pixels(2, 28, 28, 1, seed=1), _pixels(3, 28, 28, 1, seed=2)
+  _write(
+    tmp_path,
+    {
+      "emnist-letters-test-images-idx3-ubyte.gz": gzip.compress(_idx(letters[..., 0])),
+      "emnist-letters-test-labels-idx1-ubyte.gz": gzip.compress(_idx(np.array([26, 1]))),
+      "emnist-letters-train-images-idx3-ubyte.gz": gzip.compress(_idx(letters[::-1, ..., 0])),
+      "t10k-images.idx3-ubyte": _idx(mnist[..., 0]),
+      "t10k-labels.idx1-ubyte": _idx(np.array([3, 1, 2])),
+    },
   )
-  found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-  assert found.stdout.strip() == "(5, 28, 28, 1) False", found.stderr[-2000:]
+  data = load_data(str(tmp_path / "emnist-letters"))
+  assert data.labels is not None
+  assert data.labels.tolist() == [26, 1]
+  np.testing.assert_array_equal(data.all()[0] * 255, letters)
+  np.testing.assert_array_equal(load_data(f"{tmp_path}/emnist-letters:train").all()[0] * 255, letters[::-1])
+  by_file = load_data(str(tmp_path / "t10k-images.idx3-ubyte"), image_shape=(32, 32, 3))
+  assert by_file.labels is not None
+  assert by_file.labels.tolist() == [3, 1, 2]
+  with pytest.raises(
+    DataError, match=r"several test images, emnist-letters-test-.* and t10k-.*: name one of the files"
+  ):
+    load_data(str(tmp_path))
+  with pytest.raises(DataError, match="no such data"):
+    load_data(str(tmp_path / "qmnist"))
+  with pytest.raises(DataError, match="images of 28x28 pixels are smaller than the wanted 64x64"):
+    load_data(str(tmp_path / "t10k"), image_shape=(64, 64, 1))
 
 
-def test_tfds_says_how_to_prepare_a_missing_set(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
-  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  with pytest.raises(DataError, match=r"tfds\.builder\('cifar10', file_format='array_record'\)\.download_and_prepare"):
-    load_data("tfds:cifar10")
-  with pytest.raises(DataError, match="knows no data set no_such_set"):
-    load_data("tfds:no_such_set")
+def test_an_idx_original_goes_before_its_unpacked_copy(tmp_path: pathlib.Path) -> None:
+  one, other = _pixels(1, 28, 28, 1, seed=1), _pixels(1, 28, 28, 1, seed=2)
+  _write(
+    tmp_path,
+    {"t10k-images-idx3-ubyte.gz": gzip.compress(_idx(one[..., 0])), "t10k-images-idx3-ubyte": _idx(other[..., 0])},
+  )
+  np.testing.assert_array_equal(load_data(str(tmp_path)).all()[0] * 255, one)
 
 
 # --- real files

@@ -1,0 +1,85 @@
+"""Accuracy of a low-precision copy, calibrated on images and, where asked for, fine-tuned on them: one cell of a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from experiments import sources, stages
+from experiments.options import Sizes
+from experiments.sources import Source, identity, short_name
+from experiments.stages import DISTILL_KEY, Site
+from experiments.study import CellPlan, Setup
+from kwjax.distillation import DistillConfig
+from kwjax.network import fingerprint
+from kwjax.quantization import QuantRules
+from kwjax.runtime.data import ImageData
+
+
+def quantization_rules(setup: Setup, bits: str, first_last: str) -> QuantRules:
+  """Bits of every layer from --bits and --first-last, checked against the network; `none` treats all layers alike.
+
+  Raises:
+    KwjaxError: the texts do not say bits, or a layer is not there.
+  """
+  rules = QuantRules.parse(bits, first_last=None if first_last == "none" else first_last)
+  rules.resolve(setup.network)
+  return rules
+
+
+def config_for(setup: Setup, chosen: Sizes, scheme: str, **changes: Any) -> DistillConfig:
+  """Settings of a fine-tuning on images of a scheme: those of the preset, with some of them changed."""
+  base = stages.distill_config(setup.options.main_job(), setup.network, chosen, scheme)
+  return base.replace(**changes)
+
+
+def accuracy_cell(
+  setup: Setup,
+  source: Source,
+  count: int,
+  rules: QuantRules,
+  config: DistillConfig | None,
+  *,
+  evaluation: ImageData,
+  words: str = "",
+) -> CellPlan:
+  """Top-1 of the copy calibrated on the first images of a source, and fine-tuned on all `count` of them.
+
+  Args:
+    setup: of the study; its sizes say how many of the images are for calibration, and the draws.
+    source: of the images; it has at least one.
+    count: images of the source.
+    rules: bits of every layer.
+    config: of the fine-tuning; None: calibration alone.
+    evaluation: labelled images, used for nothing else.
+    words: what sets this fine-tuning apart, for the protocol.
+  """
+  chosen = dataclasses.replace(setup.chosen, images=min(count, setup.chosen.images))
+  settings = {
+    "source": source.settings,
+    "rules": rules.to_json(),
+    "calibration": [chosen.images, chosen.calibration_steps, chosen.calibration_batch],
+    "distillation": None if config is None else config.to_json(),
+    "evaluation": identity(evaluation),
+  }
+  protocol = f"{rules.describe()}; {source.words}, {chosen.images} of them to calibrate with"
+  if config is not None:
+    protocol += f"; {words}{config.steps} steps of {config.batch_size}, rate {config.learning_rate:g}"
+  protocol += f"; top-1 on {len(evaluation)} images of {short_name(evaluation)}"
+
+  def compute(site: Site, seed: int) -> Mapping[str, Any]:
+    images = source.images(site, seed)
+    student = sources.calibrated(site, source, rules, chosen, seed, images=images)
+    if config is not None:
+      student = stages.fine_tuned(site, student, images, config, key=stages.stream_key(seed, DISTILL_KEY))
+    return {**stages.top1(site, student, evaluation), "images": len(images)}
+
+  return CellPlan(settings, protocol, compute)
+
+
+def float_score(site: Site, evaluation: ImageData) -> dict[str, Any]:
+  """`float` of report.json: top-1 of the network itself, measured once."""
+  name = f"float-{sources.digest([fingerprint(site.network), identity(evaluation)])}"
+  score = site.stages.once(name, lambda: stages.top1(site, site.network, evaluation))
+  return {"top1": score["value"], "count": score["count"]}

@@ -1,0 +1,116 @@
+"""Table 2 of Haroush et al. (2020): calibration and distillation by data source, ResNet-44/CIFAR-10 or WRN-28-10/CIFAR-100.
+
+    python -m weights_conversion --arch resnet44 --source resnet44.th --out networks/resnet44
+    python -m experiments.table2_cifar --network networks/resnet44 \
+        --eval-data cifar10.npz:test --real-data cifar10.npz:train --seeds 0 1 2 --preset cpu
+
+Rows: real training images (`real`, a comparison; left out without --real-data), images made from BatchNorm statistics (`bns`),
+by class (`inception`), by both (`bns+inception`), and Gaussian noise (`gaussian`). Columns: top-1 after calibration, and
+after distillation (`KD-`); `*`: first and last layer 8 bit, `**`: first and last layer 4 bit, else all layers alike.
+The KD columns are long: at `--preset cpu` they are measured when they are named (`--columns KD-4w4a`), always at
+`--preset paper`.
+The table can be filled over several runs in one --workdir: other seeds, rows or columns join what is there.
+
+The paper's top-1 (%) as far as it is known to us, its own network (float 93.23):
+
+    ResNet-44       4w8a*   4w4a*   4w4a    2w4a**   KD-2w4a** (50 images a class)
+    real            92.18   91.64   89.19   19.47    90.27
+    bns                             88.5             88.52
+    inception                       87.44            79.62
+    bns+inception                   89.1             88.16
+    gaussian                        87.51            70.03
+
+    WRN-28-10 (float 83.69)         4w4a             KD-4w4a (50 images a class)
+    real                            64.52            81.7
+    bns                             61.48            79.21
+    inception                       51.22            53.64
+    bns+inception                   61.82            78.88
+    gaussian                        47.81            64.8
+
+Ours so far, ResNet-44 (float 93.41) on 1017 test images, mean of three seeds, from 500 real, 128 BNS (100 steps) and 500 Gaussian
+images: 4w8a* 93.18, 92.92, 92.76; 4w4a* 92.13, 91.87, 90.99; 4w4a 90.27, 89.38, 85.94. At `--preset cpu` (384 images, 120
+steps) the calibration columns take about 17 minutes a seed on two cores by the estimate of `--dry-run`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from experiments.launch import relaunch_with_huge_pages
+
+if __name__ == "__main__":
+  relaunch_with_huge_pages()
+
+import tyro
+
+from experiments import quantization_table
+from experiments.common import run_command
+from experiments.quantization_table import KD, Column, Options, Published
+from experiments.quantization_table import ROWS as ROWS
+from experiments.study import Setup, Study, run
+from kwjax.quantization import QuantRules
+
+# Column: precision of the inner layers, and of the first and last.
+_BITS: dict[str, tuple[str, str | None]] = {
+  "4w8a*": ("4w8a", "8w8a"),
+  "4w4a*": ("4w4a", "8w8a"),
+  "4w4a": ("4w4a", None),
+  "2w4a**": ("2w4a", "4w4a"),
+}
+_KD_COLUMNS = ("KD-4w4a", "KD-2w4a**")
+# Paper's table 2 by architecture: title, and {column: top-1 of ROWS}.
+_PAPER: dict[str, Published] = {
+  "resnet44": {
+    "4w8a*": (92.18, None, None, None, None),
+    "4w4a*": (91.64, None, None, None, None),
+    "4w4a": (89.19, 88.5, 87.44, 89.1, 87.51),
+    "2w4a**": (19.47, None, None, None, None),
+    "KD-2w4a**": (90.27, 88.52, 79.62, 88.16, 70.03),
+  },
+  "wrn28_10": {
+    "4w4a": (64.52, 61.48, 51.22, 61.82, 47.81),
+    "KD-4w4a": (81.7, 79.21, 53.64, 78.88, 64.8),
+  },
+}
+_PAPER_FLOAT = {"resnet44": 93.23, "wrn28_10": 83.69}
+
+
+def build(setup: Setup) -> Study:
+  """Table 2 for the network of the command line."""
+  options = setup.options
+  assert isinstance(options, Options)
+  is_paper = options.preset == "paper"
+  distill_images = options.distill_images or (50 * setup.network.num_classes if is_paper else setup.chosen.images)
+
+  def column(name: str) -> Column:
+    bits, first_last = _BITS[name.removeprefix(KD)]
+    return Column(QuantRules.parse(bits, first_last=first_last), distill_images if name in _KD_COLUMNS else None)
+
+  arch = setup.network.arch or setup.network.name
+  return quantization_table.study(
+    setup,
+    title=f"Table 2: {setup.network.name}, top-1 (%) after calibration and after distillation (KD) by data source",
+    columns={name: column(name) for name in (*_BITS, *_KD_COLUMNS)},
+    published=_PAPER.get(arch, {}),
+    optional=() if is_paper or options.preset == "smoke" else _KD_COLUMNS,
+    note=f"* first and last layer 8 bit, ** 4 bit. {_about_paper(arch)}",
+  )
+
+
+def _about_paper(arch: str) -> str:
+  if arch not in _PAPER:
+    return "No published numbers for this network."
+  return (
+    f"The paper's network is another one (float {_PAPER_FLOAT[arch]:g}); its KD has 50 images a class, 16,000 steps."
+  )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """Command line of the study; returns the exit status."""
+  options = tyro.cli(Options, args=args, prog="python -m experiments.table2_cifar", description=__doc__)
+  return run_command(lambda: run(options, name="table2_cifar", build=build, arch="resnet44"))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,57 @@
+"""What all figures share: colours, plain axes, and a PNG that is the same file when it is made again."""
+
+from __future__ import annotations
+
+import pathlib
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from kwjax.errors import KwjaxError
+from kwjax.runtime.files import PathLike
+
+DPI = 144
+# Okabe and Ito's colours, told apart by every kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#666666"
+
+
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
+  """A figure of width x height inches with one pair of `plain_axes`."""
+  figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+  return figure, plain_axes(figure.subplots())
+
+
+def plain_axes(axes: Axes) -> Axes:
+  """The axes without a frame, with a faint grid for the heights."""
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+  axes.set_axisbelow(True)
+  return axes
+
+
+def save_figure(figure: Figure, path: PathLike, dpi: int = DPI) -> pathlib.Path:
+  """Write a figure as PNG; the folder is made where there is none.
+
+  Raises:
+    KwjaxError: the file cannot be written.
+  """
+  path = pathlib.Path(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # No date or version in the file: the same data gives the same bytes.
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None}, pil_kwargs={"dpi": (dpi, dpi)})
+  except OSError as error:
+    raise KwjaxError(f"cannot write the figure {path}: {error.strerror or error}") from error
+  return path
+
+
+def colour_of(index: int) -> str:
+  """Colour of the so-manieth curve; they begin anew after seven."""
+  return COLOURS[index % len(COLOURS)]
+
+
+def plain_text(text: str) -> str:
+  """Text as it stands: dollar signs would start matplotlib's formulas."""
+  return text.replace("$", r"\$")

@@ -1,0 +1,196 @@
+"""One step of supervised training: cross-entropy, SGD with momentum, running statistics over all devices; pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+
+from kwjax.batchnorm import weigh
+from kwjax.distillation.config import Augment, warmup_cosine
+from kwjax.distillation.step import track_statistics, updated_statistics
+from kwjax.errors import KwjaxError
+from kwjax.network import Array, Network, Variables
+from kwjax.runtime import parallel
+from kwjax.synthesis.augment import Augmentation, augment
+
+TERMS = ("the loss", "the gradient")
+"""What a step watches, in the order in which it meets them."""
+
+_WITHOUT_EFFECT = ("log_every", "checkpoint_every", "resident_bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """How a network is trained; loss = cross-entropy.
+
+  Attributes:
+    steps: SGD steps.
+    batch_size: images a step, over all devices.
+    learning_rate: its peak, after the warm-up.
+    momentum: of SGD.
+    weight_decay: L2 penalty on kernels alone, added to the gradient before the momentum: neither biases nor the scales of
+      BatchNorm shrink.
+    warmup_steps: steps of linear warm-up; a cosine to zero takes the rest.
+    label_smoothing: share of the target that is spread over all classes.
+    augmentation: drawn anew for every image in every epoch.
+    log_every: steps between two looks at the metrics; the host waits for the devices there only.
+    checkpoint_every: steps between checkpoints, where there is a working folder.
+    resident_bytes: image sets up to this size are held on the devices (the sum of their copies), larger ones on the host.
+  """
+
+  steps: int
+  batch_size: int = 128
+  learning_rate: float = 0.1
+  momentum: float = 0.9
+  weight_decay: float = 1e-4
+  warmup_steps: int = 0
+  label_smoothing: float = 0.0
+  augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+  log_every: int = 20
+  checkpoint_every: int = 200
+  resident_bytes: int = 2 << 30
+
+  def __post_init__(self) -> None:
+    for name in ("batch_size", "log_every", "checkpoint_every"):
+      if getattr(self, name) < 1:
+        raise KwjaxError(f"{name} must be at least 1, found {getattr(self, name)}")
+    if self.steps < 0 or not 0 <= self.warmup_steps <= self.steps:
+      raise KwjaxError(f"warmup_steps must lie between 0 and steps, found {self.warmup_steps} of {self.steps} steps")
+    if not 0.0 < self.learning_rate < float("inf"):
+      raise KwjaxError(f"learning_rate must be a positive number, found {self.learning_rate}")
+    if not self.weight_decay >= 0.0:
+      raise KwjaxError(f"weight_decay must not be negative, found {self.weight_decay}")
+    for name in ("momentum", "label_smoothing"):
+      if not 0.0 <= getattr(self, name) < 1.0:
+        raise KwjaxError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
+
+  @property
+  def mixup(self) -> None:
+    """Images are not mixed: labels are of one image each."""
+    return None
+
+  @property
+  def augment(self) -> Augment | None:
+    """`(key, images) -> views`, or None where a view is the image itself."""
+    return None if self.augmentation.is_identity else functools.partial(_view, config=self.augmentation)
+
+  def learning_rate_at(self) -> optax.Schedule:
+    """Step -> learning rate: that of `warmup_cosine`."""
+    return warmup_cosine(self.learning_rate, self.steps, self.warmup_steps)
+
+  def optimizer(self) -> optax.GradientTransformation:
+    """SGD: v <- momentum v + g + weight_decay w (kernels only);  w <- w - lr v."""
+    sgd = optax.sgd(self.learning_rate_at(), momentum=self.momentum or None)
+    return optax.chain(optax.add_decayed_weights(self.weight_decay, mask=_kernels), sgd)
+
+  def replace(self, **changes: Any) -> TrainConfig:
+    """A copy with some fields changed."""
+    return dataclasses.replace(self, **changes)
+
+  def to_json(self) -> dict[str, Any]:
+    """The settings that decide the result."""
+    return {name: value for name, value in dataclasses.asdict(self).items() if name not in _WITHOUT_EFFECT}
+
+
+def _view(key: Array, images: Array, *, config: Augmentation) -> Array:
+  return augment(images, key, config)
+
+
+def _kernels(params: Any) -> Any:
+  return flax.traverse_util.path_aware_map(lambda path, _: path[-1] == "kernel", params)
+
+
+class TrainState(NamedTuple):
+  """A network in training.
+
+  Attributes:
+    step: i32[], steps done.
+    network: with its current variables.
+    optimizer: momentum of every parameter, and the step of the schedule.
+    bad_step: i32[], the first step at which a term was not finite, or -1.
+    bad_term: i32[], which term it was, an index into `TERMS`.
+  """
+
+  step: Array
+  network: Network
+  optimizer: optax.OptState
+  bad_step: Array
+  bad_term: Array
+
+
+def initial_variables(module: nn.Module, image_shape: tuple[int, int, int], *, key: Array) -> Variables:
+  """Random weights as the module's own initializers draw them, in its evaluation mode."""
+  image = jnp.zeros((1, *image_shape), jnp.float32)
+  return jax.jit(module.init)(key, image)
+
+
+def initial_state(network: Network, config: TrainConfig) -> TrainState:
+  """State before the first step; it holds copies, because a step may reuse the memory of the state it is given."""
+  network = jax.tree.map(jnp.array, network)
+  optimizer = config.optimizer().init(network.variables["params"])
+  return TrainState(jnp.int32(0), network, optimizer, jnp.int32(-1), jnp.int32(0))
+
+
+def train_step(
+  state: TrainState,
+  images: Array,
+  labels: Array,
+  config: TrainConfig,
+  weights: Array | None = None,
+  axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
+  """Forward and backward with the statistics of the batch over all devices, SGD with momentum, running statistics.
+
+  The module runs in evaluation mode but for its BatchNorm layers: dropout stays off.
+
+  Args:
+    state: the network, the same on every device.
+    images: f32[b,h,w,c] in [0,1], this device's share, augmented.
+    labels: i32[b], below the number of logits.
+    config: what to optimize and how.
+    weights: f32[b]: 1 counts, 0 is padding, which may be any finite image. None: all count.
+    axis_name: mapped axis of the devices.
+
+  Returns:
+    The next state and metrics f32[] over all devices: loss, accuracy (of the network before the step, on the augmented
+    batch), gradient_norm, learning_rate.
+  """
+  network = state.network
+  share = parallel.weight_share(weights, axis_name)
+
+  def loss_of(params: Any) -> tuple[Array, tuple[Array, Any]]:
+    variables = {**network.variables, "params": params}
+    forwarded = variables if weights is None else weigh(variables, weights)
+    logits, mutated = track_statistics(network.forward, axis_name)(forwarded, images)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), config.label_smoothing)
+    loss = parallel.weighted_mean(optax.softmax_cross_entropy(logits, targets), weights)
+    # With padding the devices' images do not weigh the same, so the average is taken here, by weight.
+    loss = loss if weights is None else parallel.mean(loss, axis_name, share)
+    return loss, (logits, updated_statistics(variables.get("batch_stats", {}), mutated))
+
+  params = network.variables["params"]
+  (loss, (logits, batch_stats)), gradient = parallel.value_and_grad_of_copy(loss_of, axis_name)(params)
+  updates, optimizer = config.optimizer().update(gradient, state.optimizer, params)
+  variables = {**network.variables, "params": optax.apply_updates(params, updates)}
+  if "batch_stats" in variables:
+    variables["batch_stats"] = batch_stats
+  accuracy = parallel.mean(parallel.weighted_mean(jnp.argmax(logits, -1) == labels, weights), axis_name, share)
+  norm = optax.tree.norm(gradient)
+  is_bad = ~jnp.isfinite(jnp.stack([loss, norm]))
+  first_time = jnp.any(is_bad) & (state.bad_step < 0)
+  next_state = TrainState(
+    step=state.step + 1,
+    network=network.replace(variables=variables),
+    optimizer=optimizer,
+    bad_step=jnp.where(first_time, state.step, state.bad_step),
+    bad_term=jnp.where(first_time, jnp.argmax(is_bad).astype(jnp.int32), state.bad_term),
+  )
+  rate = jnp.asarray(config.learning_rate_at()(state.step), jnp.float32)
+  return next_state, {"loss": loss, "accuracy": accuracy, "gradient_norm": norm, "learning_rate": rate}

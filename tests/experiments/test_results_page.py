@@ -1,0 +1,177 @@
+"""docs/results.md is what the kept reports say, and nothing in it or in them depends on the machine."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import pytest
+
+from experiments import results_page, results_store
+from experiments.results_page import render
+from experiments.results_store import SECTIONS, Stored
+from experiments.tables import Entry, Table, as_json
+from kwjax.errors import KwjaxError
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+
+
+def finished_run(folder: pathlib.Path, study: str = "table2_cifar") -> pathlib.Path:
+  """The folder of a study with two seeds of one cell, one without randomness, one not finite and one not measured."""
+  table = Table(
+    "Table 2: tiny",
+    rows=("real", "bns"),
+    columns=("4w4a*", "J_KL"),
+    paper={("real", "4w4a*"): 89.19, ("bns", "4w4a*"): 88.5},
+    unit={"4w4a*": "%", "J_KL": "nats"},
+    note="* first and last layer 8 bit.",
+  )
+  results = {
+    ("real", "4w4a*"): Entry(
+      {0: {"value": 0.90, "seconds": 30.0}, 2: {"value": 0.92, "seconds": 90.0}}, "4w4a on /data/x/images.npz:test"
+    ),
+    ("bns", "4w4a*"): Entry({}, "never done"),
+    ("real", "J_KL"): Entry({0: {"value": 0.0419, "seconds": 12.0, "per_layer": {"bn1": 1.0}}}, "clean", seeded=False),
+    ("bns", "J_KL"): Entry({0: {"value": None, "seconds": 0.0}}, "clean"),
+  }
+  report = {
+    "network": "tiny_net",
+    "protocol": {"teacher": "tiny_net, from ../weights/tiny.th", "nothing": None},
+    "float": {"top1": 0.9341, "count": 1017},
+    "versions": {"jax": "0.10.2", "backend": "cpu", "cpu_count": 2, "device": "cpu", "devices": 2},
+    "command": "python -m experiments.table2_cifar --network /home/me/net --workdir '/tmp/a b' --columns '4w4a*'",
+    "tables": [as_json(table, results)],
+    "notes": ["the ordering KD < KD+IQ shows"],
+  }
+  (folder / "figures").mkdir(parents=True)
+  (folder / "figures" / "table-0.png").write_bytes(b"\x89PNG")
+  (folder / "report.json").write_text(json.dumps(report))
+  (folder / "settings.json").write_text(json.dumps({"study": study}))
+  return folder
+
+
+def test_the_page_is_what_the_kept_reports_say() -> None:
+  """`python -m experiments.results_page` makes it anew; it is never edited."""
+  page = render(results_store.read(DOCS / "results"), results_page.notes(DOCS / "results"))
+  assert (DOCS / "results.md").read_text() == page
+
+
+def test_figures_of_the_page_are_there_and_no_others() -> None:
+  shown = {figure for report in results_store.read(DOCS / "results") for figure in report.content["figures"]}
+  assert {path.name for path in (DOCS / "images" / "results").glob("*")} == shown
+
+
+def test_kept_reports_name_no_place_on_a_machine() -> None:
+  for path in (DOCS / "results").glob("*.json"):
+    assert not re.search(r'["= ](/|\.\./|~/)\w', path.read_text()), path
+
+
+def test_a_run_is_kept_and_shown(tmp_path: pathlib.Path) -> None:
+  run, out = finished_run(tmp_path / "run"), tmp_path / "docs" / "results.md"
+  arguments = ["--collect", str(run), "--figures", "table-0.png", "--out", str(out)]
+  assert results_page.main(arguments) == 0
+  page = out.read_text()
+  assert "|  | 4w4a\\* (%) | J\\_KL (nats) |" in page
+  # The sample standard deviation of 90 and 92 is the square root of 2.
+  assert "| real | 91.00 ± 1.41 (2); paper 89.19 | 0.04190 |" in page
+  assert "| bns | not measured; paper 88.5 | not finite (1) |" in page
+  assert "Measured on 2 CPU cores until 20" in page
+  assert "2.2 minutes of work" in page
+  assert "float: top-1 93.41% of 1017 images" in page
+  assert "`python -m experiments.table2_cifar --network net --columns '4w4a*'`" in page
+  assert "- real, 4w4a\\* (seed 0, 2): 4w4a on images.npz:test." in page
+  assert "never done" not in page
+  assert "- the ordering KD \\< KD+IQ shows\n" in page
+  assert "from tiny.th" in page
+  (figure,) = (tmp_path / "docs" / "images" / "results").iterdir()
+  assert f"(images/results/{figure.name})" in page
+  kept = json.loads((tmp_path / "docs" / "results" / "table2_cifar-tiny_net.json").read_text())
+  assert kept["tables"][0]["cells"]["real"]["4w4a*"]["values"] == [90.0, 92.0]
+  assert "per_layer" not in json.dumps(kept)
+
+  assert results_page.main(["--out", str(out)]) == 0
+  assert out.read_text() == page
+  assert results_page.main(["--collect", str(run), "--out", str(out)]) == 0
+  assert not list((tmp_path / "docs" / "images" / "results").iterdir())  # kept again without its figure
+
+
+def test_runs_are_shown_without_being_kept(tmp_path: pathlib.Path) -> None:
+  run, out = finished_run(tmp_path / "run"), tmp_path / "look.md"
+  assert results_page.main(["--runs", str(run), "--machine", "a big one", "--out", str(out)]) == 0
+  assert "91.00 ± 1.41 (2)" in out.read_text()
+  assert "Measured on a big one until" in out.read_text()
+  assert not (tmp_path / "results").exists()
+
+
+def stored(tmp_path: pathlib.Path, study: str, name: str) -> Stored:
+  return Stored(name, results_store.reduced(finished_run(tmp_path / name, study)))
+
+
+def test_sections_follow_the_paper_and_the_rest_says_not_measured(tmp_path: pathlib.Path) -> None:
+  reports = [stored(tmp_path, "figure2_monitor", "b"), stored(tmp_path, "table1_ablation", "a")]
+  page = render(reports, {})
+  assert page == render(reports[::-1], {})
+  headings = re.findall(r"^## (.*)$", page, re.MULTILINE)
+  assert [heading.replace("\\", "") for heading in headings] == list(SECTIONS.values())
+  unmeasured = re.findall(r"Not measured yet: `python -m experiments\.(\w+) --help`", page)
+  assert unmeasured == [study for study in SECTIONS if study not in ("figure2_monitor", "table1_ablation")]
+
+
+def test_words_take_their_numbers_from_the_reports(tmp_path: pathlib.Path) -> None:
+  report = stored(tmp_path, "table2_cifar", "kept")
+  page = render([report], {"table2_cifar": "Real images reach {{kept | real | 4w4a*}}, J_KL {{kept|real|J_KL}}."})
+  assert "Real images reach 91.00 ± 1.41 (2), J_KL 0.04190." in page
+  for reference in ("{{kept | bns | 4w4a*}}", "{{kept | real | 8w8a}}", "{{other | real | 4w4a*}}"):
+    with pytest.raises(KwjaxError, match=r"table2_cifar\.md names .* which was not measured"):
+      render([report], {"table2_cifar": reference})
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("/data/set/cifar10.npz:test", "cifar10.npz:test"),
+    ("cifar10=../shared/x.npz:train", "cifar10=x.npz:train"),
+    ("~/nets/resnet44 and ./here", "resnet44 and here"),
+    ("tfds:/data/cifar10:test", "tfds:cifar10:test"),
+    ("(/data/x.npz)", "(x.npz)"),
+    ("first/last 8w8a, 1 / 2, images/min", "first/last 8w8a, 1 / 2, images/min"),
+    ("https://arxiv.org/abs/1912.01274", "https://arxiv.org/abs/1912.01274"),
+    ("networks/resnet44", "networks/resnet44"),
+  ],
+)
+def test_places_are_cut_off_paths(text: str, expected: str) -> None:
+  assert results_store.neutral({"a": [text]}) == {"a": [expected]}
+
+
+@pytest.mark.parametrize(
+  ("break_it", "more", "message"),
+  [
+    (lambda run: (run / "report.json").unlink(), [], "cannot read"),
+    (lambda run: (run / "report.json").write_text("{"), [], "is no JSON"),
+    (lambda run: (run / "settings.json").write_text("{}"), [], "is no folder of a study"),
+    (
+      lambda run: (run / "settings.json").write_text('{"study": "other"}'),
+      [],
+      "is of the study 'other', which has no section; known: table1",
+    ),
+    (lambda run: None, ["--figures", "no.png"], "has no figure no.png; there are: table-0.png"),
+  ],
+)
+def test_what_cannot_be_kept_is_one_sentence(
+  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], break_it: Any, more: list[str], message: str
+) -> None:
+  run = finished_run(tmp_path / "run")
+  break_it(run)
+  out = tmp_path / "docs" / "results.md"
+  assert results_page.main(["--collect", str(run), "--out", str(out), *more]) == 2
+  assert message in capsys.readouterr().err.splitlines()[-1]
+  assert not list(tmp_path.glob("docs/results/*.json"))
+  assert not out.exists()
+
+
+def test_a_damaged_report_is_named(tmp_path: pathlib.Path) -> None:
+  (tmp_path / "x.json").write_text('{"study": "table2_cifar"}')
+  with pytest.raises(KwjaxError, match=r"x\.json is no kept report: it lacks network"):
+    results_store.read(tmp_path)
