@@ -27,7 +27,7 @@ from kwjax.runtime.workdir import Shutdown, graceful_shutdown
 
 USAGE_ERROR = 2
 _TERMINATED = 128 + signal.SIGTERM
-_LARGE_BLOCK = 100 << 20  # bytes
+_LARGE_BLOCK = 256 << 20  # bytes
 # A full or broken disk, a folder that may not be written: nothing that a traceback would help with.
 _SYSTEM_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 

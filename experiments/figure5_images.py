@@ -12,8 +12,8 @@ Columns of the table: J_KL of the whole set, the input counted as a layer, and t
 takes for their target or label (`on-target`). The paper's figure was made with a smoothing kernel of 9x9 pixels and s .7
 (`experiments.table5_sigma` has that kernel); numbers of the paper for it are not known to us.
 
-Ours, ResNet-20, 128 images of 120 steps, seed 0: J_KL .0271 real, .0048 BNS, .0096 BNS+I, .650 I, .348 G; all images of I and BNS+I
-are taken for their target. Real images are farther away than BNS ones because they lack the augmentation of the training.
+Ours, ResNet-20, 128 images of 120 steps, seed 0: J_KL .0271 real, .0048 BNS, .0096 BNS+I, .650 I, .348 G; all images of I and
+BNS+I are taken for their target. Real images are farther away than BNS ones because they lack the augmentation of the training.
 
 At `--preset cpu` 384 images of 120 steps a scheme; `--dry-run` says how long that takes. Other sizes: --images, --steps.
 """
@@ -151,9 +151,10 @@ class _Work:
       return {}
     columns = _CLASSES[self.setup.network.image_shape[0] <= 64]
     chosen = shared_classes([made.labels for made, _ in sets.values() if made.labels is not None], columns)
+    rows = rows_of([made for made, _ in sets.values()], chosen, self.shown)
     panels = []
     for row, (made, seed) in sets.items():
-      shown = chosen_images(made, chosen, self.shown, columns)
+      shown = chosen_images(made, chosen, rows, columns)
       is_by_class = made.labels is not None and len(chosen) > 0
       names = [f"class {label}" for label in chosen] if is_by_class else []
       panels.append(Panel(_NAMES[row], made.images[shown], _caption(found, row, seed, len(made.images)), names))
@@ -188,19 +189,24 @@ def shared_classes(labels: Sequence[np.ndarray], count: int) -> np.ndarray:
   ]
 
 
-def chosen_images(made: Labelled, classes: np.ndarray, shown: int, columns: int) -> np.ndarray:
+def rows_of(sets: Sequence[Labelled], classes: np.ndarray, shown: int) -> int:
+  """Rows of images, at most `shown`, that every set with labels can fill with all of these classes."""
+  counts = [int(np.sum(made.labels == label)) for made in sets if made.labels is not None for label in classes]
+  return min([shown, *counts])
+
+
+def chosen_images(made: Labelled, classes: np.ndarray, rows: int, columns: int) -> np.ndarray:
   """Indices of the images of a panel, row by row: a class a column where images have classes, else those that come first.
 
   Args:
     made: the images.
     classes: the classes of the columns; none where no class is common to all sets.
-    shown: rows; fewer where a class has fewer images.
+    rows: rows, for which each class has enough images.
     columns: images a row where there are no classes.
   """
   if made.labels is None or not len(classes):
-    return np.arange(min(shown * (len(classes) or columns), len(made.images)))
+    return np.arange(min(rows * (len(classes) or columns), len(made.images)))
   members = [np.flatnonzero(made.labels == label) for label in classes]
-  rows = min(shown, *map(len, members))
   return np.asarray([index[row] for row in range(rows) for index in members])
 
 

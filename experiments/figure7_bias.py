@@ -16,9 +16,9 @@ Rows: images made from BatchNorm statistics (`bns`), by class (`inception`, even
 classes out even if the network prefers none. `figures/classes.png` shows all classes sorted by mass, on a logarithmic
 axis where there are more than 30.
 
-Ours, ResNet-20, 128 images of 120 steps, seed 0: evenness of hard predictions 98.2 BNS, 100.0 I, BNS+I and real, 29.6 G, 98.4 chance;
-tail 39 BNS, 94 I, BNS+I and real, 0 G, 59 chance. Images of BNS lose their rarest class a little more than chance would, noise
-is taken for two classes out of ten. One seed: not more than a hint.
+Ours, ResNet-20, 128 images of 120 steps, seed 0: evenness of hard predictions 98.2 BNS, 100.0 I, BNS+I and real, 29.6 G, 98.4
+chance; tail 39 BNS, 94 I, BNS+I and real, 0 G, 59 chance. Images of BNS lose their rarest class a little more than chance would,
+noise is taken for two classes out of ten. One seed: not more than a hint.
 
 The paper's numbers for this figure are not known to us. At `--preset cpu` 384 images of 120 steps a scheme; `--dry-run`
 says how long that takes. Networks with many classes need many images: ImageNet's 1000 several thousand (--images).

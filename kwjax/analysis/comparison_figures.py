@@ -101,7 +101,8 @@ def roc_panels(
   Raises:
     KwjaxError: there are no curves.
   """
-  names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+  # The fullest panel first: it has the order that the others leave names out of.
+  names = list(dict.fromkeys(name for curves in sorted(panels.values(), key=len, reverse=True) for name in curves))
   if not names:
     raise KwjaxError("roc_panels: no curves")
   columns = min(columns, len(panels))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import figure5_images as figure5
-from experiments.figure5_images import Labelled, chosen_images, shared_classes
+from experiments.figure5_images import Labelled, chosen_images, rows_of, shared_classes
 from kwjax.analysis import panel_figures
 from kwjax.synthesis import SynthesisConfig
 from tests.networks import tiny_network
@@ -62,7 +62,10 @@ def test_columns_are_classes_that_every_set_has() -> None:
   assert shared_classes([], 10).tolist() == []
   images = np.zeros((6, 1, 1, 1))
   # Three rows are asked for, class 9 has one image.
-  assert chosen_images(Labelled(images, labels[0]), np.array([1, 9]), 3, 10).tolist() == [1, 3]
+  found = [Labelled(images, labels[0]), Labelled(images, None), Labelled(images, np.array([1, 9, 9, 1, 1, 9]))]
+  assert [rows_of(found[first:], np.array([1, 9]), 3) for first in range(3)] == [1, 3, 3]
+  assert rows_of(found, np.zeros(0, int), 2) == 2
+  assert chosen_images(found[0], np.array([1, 9]), 1, 10).tolist() == [1, 3]
   assert chosen_images(Labelled(images, np.array([1, 9, 9, 1, 1, 9])), np.array([1, 9]), 2, 10).tolist() == [0, 1, 3, 2]
   assert chosen_images(Labelled(images, None), np.array([1, 9]), 2, 10).tolist() == [0, 1, 2, 3]
   assert chosen_images(Labelled(images, None), np.zeros(0, int), 1, 4).tolist() == [0, 1, 2, 3]

@@ -253,6 +253,8 @@ def test_winograd_kernel_gradient_is_that_of_lax(height, width, channels, featur
 
   ours, exact = gradient(conv_general_dilated), gradient(lax.conv_general_dilated)
   np.testing.assert_allclose(ours(kernel), exact(kernel), atol=2e-5 * float(jnp.abs(exact(kernel)).max()))
-  assert "tensor<36x" in ours.trace(kernel).lower(lowering_platforms=("cpu",)).as_text(), "the gradient was not Winograd's"
+  assert "tensor<36x" in ours.trace(kernel).lower(lowering_platforms=("cpu",)).as_text(), (
+    "the gradient was not Winograd's"
+  )
   assert "tensor<36x" not in ours.trace(kernel).lower(lowering_platforms=("cuda",)).as_text()
   assert "tensor<36x" not in gradient(conv_general_dilated, "highest").lower(kernel).as_text()
