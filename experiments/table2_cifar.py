@@ -27,9 +27,15 @@ The paper's top-1 (%) as far as it is known to us, its own network (float 93.23)
     bns+inception                   61.82            78.88
     gaussian                        47.81            64.8
 
-Ours so far, ResNet-44 (float 93.41) on 1017 test images, mean of three seeds, from 500 real, 128 BNS (100 steps) and 500 Gaussian
-images: 4w8a* 93.18, 92.92, 92.76; 4w4a* 92.13, 91.87, 90.99; 4w4a 90.27, 89.38, 85.94. At `--preset cpu` (384 images, 120
-steps) the calibration columns take about 17 minutes a seed on two cores by the estimate of `--dry-run`.
+Ours, ResNet-44 (float 93.41) on 1017 test images, mean of three seeds, 128 images of every source (`--images 128 --seeds 0 1 2`, 120 steps),
+11 minutes on two cores (AMD EPYC) that other work shared; standard deviations and protocol in docs/results.md:
+
+                    4w8a*   4w4a*   4w4a    2w4a**
+    real            93.15   92.26   89.81   21.83
+    bns             92.72   91.67   89.12   22.16
+    inception       90.56   89.74   87.94   18.72
+    bns+inception   92.92   92.30   89.45   21.63
+    gaussian        92.53   90.76   84.92   19.53
 """
 
 from __future__ import annotations
