@@ -27,8 +27,9 @@ The paper's top-1 (%) as far as it is known to us, its own network (float 93.23)
     bns+inception                   61.82            78.88
     gaussian                        47.81            64.8
 
-Ours, ResNet-44 (float 93.41) on 1017 test images, mean of three seeds, 128 images of every source (`--images 128 --seeds 0 1 2`, 120 steps),
-11 minutes on two cores (AMD EPYC) that other work shared; standard deviations and protocol in docs/results.md:
+Ours, ResNet-44 (float 93.41) on 1017 test images, mean of three seeds, 128 images of every source (`--images 128
+--seeds 0 1 2`, 120 steps), 11 minutes on two cores (AMD EPYC) that other work shared; standard deviations and protocol in
+docs/results.md:
 
                     4w8a*   4w4a*   4w4a    2w4a**
     real            93.15   92.26   89.81   21.83
