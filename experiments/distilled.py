@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments import sources, stages
@@ -12,7 +12,8 @@ from experiments.sources import Source, identity, short_name
 from experiments.stages import DISTILL_KEY, Site
 from experiments.study import CellPlan, Setup
 from kwjax.distillation import DistillConfig
-from kwjax.network import fingerprint
+from kwjax.intercept import Forwardable
+from kwjax.network import Network, fingerprint
 from kwjax.quantization import QuantRules
 from kwjax.runtime.data import ImageData
 
@@ -37,43 +38,51 @@ def config_for(setup: Setup, chosen: Sizes, scheme: str, **changes: Any) -> Dist
 def accuracy_cell(
   setup: Setup,
   source: Source,
-  count: int,
   rules: QuantRules,
-  config: DistillConfig | None,
+  config: DistillConfig | None = None,
   *,
   evaluation: ImageData,
+  calibrate_on: int,
+  tune_on: int = 0,
   words: str = "",
+  teacher: Callable[[Network], Forwardable] = lambda network: network,
 ) -> CellPlan:
-  """Top-1 of the copy calibrated on the first images of a source, and fine-tuned on all `count` of them.
+  """Top-1 of the copy calibrated on the first images of a source, and fine-tuned on the first of them where asked for.
 
   Args:
-    setup: of the study; its sizes say how many of the images are for calibration, and the draws.
-    source: of the images; it has at least one.
-    count: images of the source.
+    setup: of the study; its sizes say how many draws a calibration has.
+    source: of the images.
     rules: bits of every layer.
     config: of the fine-tuning; None: calibration alone.
     evaluation: labelled images, used for nothing else.
-    words: what sets this fine-tuning apart, for the protocol.
+    calibrate_on: images for the calibration.
+    tune_on: images for the fine-tuning.
+    words: what sets this fine-tuning apart, for the protocol; with the configuration it says all of it.
+    teacher: what the float network is made into for the fine-tuning.
   """
-  chosen = dataclasses.replace(setup.chosen, images=min(count, setup.chosen.images))
+  chosen = dataclasses.replace(setup.chosen, images=calibrate_on)
   settings = {
     "source": source.settings,
     "rules": rules.to_json(),
-    "calibration": [chosen.images, chosen.calibration_steps, chosen.calibration_batch],
-    "distillation": None if config is None else config.to_json(),
+    "calibration": [calibrate_on, chosen.calibration_steps, chosen.calibration_batch],
+    "distillation": None if config is None else [tune_on, words, config.to_json()],
     "evaluation": identity(evaluation),
   }
-  protocol = f"{rules.describe()}; {source.words}, {chosen.images} of them to calibrate with"
+  draws = f"{chosen.calibration_steps} x {chosen.calibration_batch} draws"
+  protocol = f"{rules.describe()}; the first {calibrate_on} of {source.words} for {draws}"
   if config is not None:
-    protocol += f"; {words}{config.steps} steps of {config.batch_size}, rate {config.learning_rate:g}"
+    protocol += (
+      f"; the first {tune_on} for {words}{config.steps} steps of {config.batch_size}, rate {config.learning_rate:g}"
+    )
   protocol += f"; top-1 on {len(evaluation)} images of {short_name(evaluation)}"
 
   def compute(site: Site, seed: int) -> Mapping[str, Any]:
-    images = source.images(site, seed)
-    student = sources.calibrated(site, source, rules, chosen, seed, images=images)
+    images = source.images(site, seed)[: max(calibrate_on, tune_on)]
+    copy = sources.calibrated(site, source, rules, chosen, seed, images=images)
     if config is not None:
-      student = stages.fine_tuned(site, student, images, config, key=stages.stream_key(seed, DISTILL_KEY))
-    return {**stages.top1(site, student, evaluation), "images": len(images)}
+      key = stages.stream_key(seed, DISTILL_KEY)
+      copy = stages.fine_tuned(site, copy, images[:tune_on], config, key=key, teacher=teacher(site.network))
+    return {**stages.top1(site, copy, evaluation), "images": len(images)}
 
   return CellPlan(settings, protocol, compute)
 

@@ -48,6 +48,7 @@ from experiments.table5_sigma import similarity_of
 from experiments.tables import PERCENT, Results, Table, over_seeds
 from kwjax.analysis.correlation import rank_correlation
 from kwjax.analysis.curves import CurvePanel, curve_panels
+from kwjax.distillation import DistillConfig
 from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantRules
 from kwjax.runtime.data import ImageData
@@ -101,8 +102,7 @@ class _Work:
         raise Missing(
           f"{row} of {setup.real_data.name} are not there, it has {len(setup.real_data)}: give fewer --sizes"
         )
-      config = config_for(setup, setup.chosen, name)
-      return accuracy_cell(setup, source, count, self.rules, config, evaluation=setup.labelled())
+      return self.accuracy(source, count, self.rules, config_for(setup, setup.chosen, name))
     source = self.snapshot(number_of(row))
     if column == JKL:
       return CellPlan(
@@ -111,10 +111,14 @@ class _Work:
         similarity_of(source),
       )
     if column == CALIBRATED:
-      rules = QuantRules.parse("4w4a")
-      return accuracy_cell(setup, source, self.snapshot_images, rules, None, evaluation=setup.labelled())
-    config = config_for(setup, setup.chosen, "bns")
-    return accuracy_cell(setup, source, self.snapshot_images, self.rules, config, evaluation=setup.labelled())
+      return self.accuracy(source, self.snapshot_images, QuantRules.parse("4w4a"), None)
+    return self.accuracy(source, self.snapshot_images, self.rules, config_for(setup, setup.chosen, "bns"))
+
+  def accuracy(self, source: Source, count: int, rules: QuantRules, config: DistillConfig | None) -> CellPlan:
+    """Top-1 of the copy calibrated and, with a configuration, fine-tuned on `count` images."""
+    first = min(count, self.setup.chosen.images)
+    evaluation = self.setup.labelled()
+    return accuracy_cell(self.setup, source, rules, config, evaluation=evaluation, calibrate_on=first, tune_on=count)
 
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""

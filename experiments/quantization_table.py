@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import cost, sources, stages
+from experiments import cost, stages
+from experiments.distilled import accuracy_cell, float_score
 from experiments.options import ByPreset
-from experiments.sources import digest, identity, short_name
-from experiments.stages import DISTILL_KEY, GAUSSIAN, REAL, Site
+from experiments.sources import short_name
+from experiments.stages import GAUSSIAN, REAL, Site
 from experiments.study import Cell, CellPlan, Missing, Setup, Study, StudyOptions
 from experiments.study_report import top1_results
 from experiments.tables import Results, Table
-from kwjax.network import fingerprint
 from kwjax.quantization import QuantRules
 from kwjax.runtime.data import ImageData
 
@@ -67,30 +67,19 @@ class _Work:
     if (missing := self.columns[column].missing) is not None:
       raise Missing(missing)
     source = self.setup.source(row, self.count(column))
-    config = stages.distill_config(self.setup.options.main_job(), network, chosen, row)
     distill_images = self.columns[column].distill_images
-    settings = {
-      "source": source.settings,
-      "rules": rules.to_json(),
-      "calibration": [chosen.images, chosen.calibration_steps, chosen.calibration_batch],
-      "distillation": None if distill_images is None else [distill_images, config.to_json()],
-      "evaluation": identity(self.evaluation),
-    }
-    drawn = f"{chosen.images} for {chosen.calibration_steps} x {chosen.calibration_batch} draws"
-    protocol = f"{rules.describe()}; {source.words}, {drawn}"
+    config = None
     if distill_images is not None:
-      protocol += f"; {distill_images} for {config.steps} steps of {config.batch_size}, rate {config.learning_rate:g}"
-    protocol += f"; top-1 on {len(self.evaluation)} images of {short_name(self.evaluation)}"
-
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
-      images = source.images(site, seed)
-      student = sources.calibrated(site, source, rules, chosen, seed, images=images)
-      if distill_images is not None:
-        key = stages.stream_key(seed, DISTILL_KEY)
-        student = stages.fine_tuned(site, student, images[:distill_images], config, key=key)
-      return stages.top1(site, student, self.evaluation)
-
-    return CellPlan(settings, protocol, compute)
+      config = stages.distill_config(self.setup.options.main_job(), network, chosen, row)
+    return accuracy_cell(
+      self.setup,
+      source,
+      rules,
+      config,
+      evaluation=self.evaluation,
+      calibrate_on=chosen.images,
+      tune_on=distill_images or 0,
+    )
 
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""
@@ -112,13 +101,11 @@ class _Work:
   def report(self, site: Site, results: Mapping[str, Results]) -> Mapping[str, Any]:
     """Keys of report.json beside the tables."""
     ((title, found),) = results.items()
-    name = f"float-{digest([fingerprint(site.network), identity(self.evaluation)])}"
-    score = site.stages.once(name, lambda: stages.top1(site, site.network, self.evaluation))
     table = Table(title, ROWS, tuple(self.columns))
     distilled = {c: c.removeprefix(KD) for c, column in self.columns.items() if column.distill_images is not None}
     calibrated = {c: c for c in self.columns if c not in distilled}
     return {
-      "float": {"top1": score["value"], "count": score["count"]},
+      "float": float_score(site, self.evaluation),
       "calibrated": top1_results(table, found, calibrated),
       "distilled": top1_results(table, found, distilled),
     }

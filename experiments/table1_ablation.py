@@ -119,7 +119,14 @@ class _Work:
     )
     weight = f" (IQ weight {self.iq_weight:g})" if has_iq else ""
     return accuracy_cell(
-      setup, source, count, self.rules, config, evaluation=self.evaluation, words=f"{column}{weight}, "
+      setup,
+      source,
+      self.rules,
+      config,
+      evaluation=self.evaluation,
+      calibrate_on=min(count, setup.chosen.images),
+      tune_on=count,
+      words=f"{column}{weight}, ",
     )
 
   def describe(self, cells: Sequence[Cell]) -> str:

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from experiments.launch import relaunch_with_huge_pages
 
@@ -30,10 +29,11 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments import cost, sources, stages
+from experiments import cost, stages
 from experiments.common import run_command
-from experiments.sources import identity, short_name
-from experiments.stages import DISTILL_KEY, REAL, Site
+from experiments.distilled import accuracy_cell, quantization_rules
+from experiments.sources import short_name
+from experiments.stages import REAL
 from experiments.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments.tables import Table
 from kwjax.errors import KwjaxError
@@ -120,31 +120,18 @@ class _Work:
   def plan(self, table: Table, row: str, column: str) -> CellPlan:
     """How one cell is measured."""
     name, loss = column.rsplit("-", 1)
-    network, used = self.setup.network, int(row)
-    source = self.setup.source(name, max(self.sizes))
-    chosen = dataclasses.replace(self.setup.chosen, images=min(used, self.setup.chosen.images))
-    config = stages.distill_config(self.setup.options.main_job(), network, chosen, name)
-    settings = {
-      "source": source.settings,
-      "rules": self.rules.to_json(),
-      "calibration": [chosen.images, chosen.calibration_steps, chosen.calibration_batch],
-      "distillation": [used, loss, config.to_json()],
-      "evaluation": identity(self.evaluation),
-    }
-    protocol = (
-      f"{self.rules.describe()}; the first {used} of {source.words}; {loss}, {config.steps} steps of {config.batch_size}, "
-      f"rate {config.learning_rate:g}; top-1 on {len(self.evaluation)} images of {short_name(self.evaluation)}"
+    network, used, chosen = self.setup.network, int(row), self.setup.chosen
+    return accuracy_cell(
+      self.setup,
+      self.setup.source(name, max(self.sizes)),
+      self.rules,
+      stages.distill_config(self.setup.options.main_job(), network, chosen, name),
+      evaluation=self.evaluation,
+      calibrate_on=min(used, chosen.images),
+      tune_on=used,
+      words=f"{loss}, ",
+      teacher=DecidedTeacher if loss == CE else lambda network: network,
     )
-
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
-      images = source.images(site, seed)[:used]
-      student = sources.calibrated(site, source, self.rules, chosen, seed, images=images)
-      teacher = DecidedTeacher(site.network) if loss == CE else None
-      key = stages.stream_key(seed, DISTILL_KEY)
-      tuned = stages.fine_tuned(site, student, images, config, key=key, teacher=teacher)
-      return {**stages.top1(site, tuned, self.evaluation), "images": len(images)}
-
-    return CellPlan(settings, protocol, compute)
 
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""
@@ -170,8 +157,7 @@ def build(setup: Setup) -> Study:
   chosen = tuple(sorted(set(options.sizes or _SIZES[options.preset])))
   if chosen[0] < 1:
     raise KwjaxError(f"--sizes must be at least 1, found {chosen[0]}")
-  rules = QuantRules.parse(options.bits, first_last=None if options.first_last == "none" else options.first_last)
-  rules.resolve(setup.network)
+  rules = quantization_rules(setup, options.bits, options.first_last)
   work = _Work(setup, setup.labelled(), chosen, rules)
   table = Table(
     title=f"Table 6: {setup.network.name}, top-1 (%) after distillation at {rules.bits} by number of images and loss",

@@ -157,3 +157,24 @@ def assemble(images: Array, partners: Array | None, plan: Plan, augment: Augment
   if partners is None or plan.mixing is None:
     return prepare(images, 0)
   return mix(prepare(images, 0), prepare(partners, 1), plan.mixing.lam)
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_step(
+  group: DeviceGroup, step: Callable[..., Any], config: Drawing, is_resident: bool
+) -> Callable[..., Any]:
+  """`(state, source, plan, given, weights) -> step(state, batch, given, config, weights)` on the devices; compiled once.
+
+  Args:
+    group: the devices.
+    step: `(state, batch, given, config, weights, *, axis_name)`, pure; `given` is what it needs beside the images.
+    config: of the run; says how images are augmented.
+    is_resident: of the `Feed`: whether `source` is all images, or the batch.
+  """
+
+  def on_batch(state: Any, source: Any, plan: Plan, given: Any, weights: Any, axis_name: str | None) -> Any:
+    images, partners = gather(source, plan) if is_resident else source
+    batch = assemble(images, partners, plan, config.augment)
+    return step(state, batch, given, config, weights, axis_name=axis_name)
+
+  return group.compile(on_batch, donate=(0,))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kwjax.distillation.batches import Feed, Plan, assemble, gather, planner
+from kwjax.distillation.batches import Feed, compiled_step, planner
 from kwjax.distillation.config import DistillConfig
 from kwjax.distillation.features import resolve_stages
 from kwjax.distillation.step import DistillState, Student, distill_step, initial_state, watched_terms
@@ -68,8 +67,10 @@ def distill(
     CheckpointError: `workdir` holds a run with other arguments.
     KeyboardInterrupt, SystemExit: the run was asked to stop, after its state was saved.
   """
-  options = {"key": key, "workdir": workdir, "devices": devices, "progress": progress, "callback": callback}
-  return distill_with_history(student, teacher, images, config, **options)[0]  # type: ignore[arg-type]
+  trained, _ = distill_with_history(
+    student, teacher, images, config, key=key, workdir=workdir, devices=devices, progress=progress, callback=callback
+  )
+  return trained
 
 
 def distill_with_history(
@@ -94,7 +95,7 @@ def distill_with_history(
   with open_store(workdir, "distillation", lambda: _settings(student, teacher, images, config, key)) as store:
     state, history = store.restore(initial)
     feed = Feed.of(images, plan, config.batch_size, group, config.resident_bytes)
-    placed, step_fn = group.replicate(teacher), _compiled_step(group, config, feed.is_resident)
+    placed, step_fn = group.replicate(teacher), compiled_step(group, distill_step, config, feed.is_resident)
 
     def advance(step: int, state: DistillState[Student]) -> tuple[DistillState[Student], dict[str, Array]]:
       batch, drawn = feed.batch(step)
@@ -141,18 +142,6 @@ def _settings(student: Any, teacher: Any, images: Any, config: DistillConfig, ke
     "teacher": fingerprint(teacher),
     "images": fingerprint(images),
   }
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled_step(group: DeviceGroup, config: DistillConfig, resident: bool) -> Callable[..., Any]:
-  """`(state, source, plan, teacher, weights) -> (state, metrics)`; kept, so a run with another seed need not compile."""
-
-  def step(state: Any, source: Any, plan: Plan, teacher: Any, weights: Any, axis_name: str | None) -> Any:
-    images, partners = gather(source, plan) if resident else source
-    batch = assemble(images, partners, plan, config.augment)
-    return distill_step(state, batch, teacher, config, weights, axis_name=axis_name)
-
-  return group.compile(step, donate=(0,))
 
 
 def _summary(row: dict[str, float]) -> str:

@@ -56,11 +56,11 @@ def render(
   """
   sections = [
     f'<h1>{_text(title)}</h1>\n<p class="summary">{_text(summary(report))}</p>',
+    *(_section(name, _rows(rows)) for name, rows in tables.items()),
     _section("Protocol", _pairs({"seed": report["seed"], **_as_mapping(report["protocol"])})),
     _section("Accuracy", _results(report)),
     _section("Agreement with the float network", _agreement(report)),
     _section("Similarity to the training data (J_KL, nats)", _jkl(report)),
-    *(_section(name, _rows(rows)) for name, rows in tables.items()),
     _figures(figures),
     _section("Cost of the synthesis", _pairs(_as_mapping(report["synthesis"]))),
     _section("Versions", _pairs(_as_mapping(report["versions"]))),

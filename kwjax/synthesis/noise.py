@@ -74,15 +74,14 @@ def dead_leaves(
 
   Source: Baradad et al. (2021), "Learning to See by Looking at Noise"; Lee, Mumford & Huang (2001).
   """
-  if not devices:
-    return _dead_leaves(key, 0, count, tuple(image_shape), max_leaves)
-  each = max(-(-count // len(devices)), 1)
+  places = devices or (None,)
+  each = -(-count // len(places))
   parts = [
-    _dead_leaves(jax.device_put(key, device), i * each, min(each, count - i * each), tuple(image_shape), max_leaves)
-    for i, device in enumerate(devices)
+    _dead_leaves(jax.device_put(key, place), i * each, min(each, count - i * each), tuple(image_shape), max_leaves)
+    for i, place in enumerate(places)
     if i * each < count or i == 0
   ]
-  return jnp.concatenate([jax.device_put(part, devices[0]) for part in parts])
+  return jnp.concatenate([jax.device_put(part, places[0]) for part in parts])
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from kwjax.distillation.batches import Feed, Plan, assemble, gather, planner
+from kwjax.distillation.batches import Feed, compiled_step, planner
 from kwjax.errors import DataError, KwjaxError
 from kwjax.network import Array, Network
 from kwjax.runtime.data import checked_labels
 from kwjax.runtime.evaluate import Devices
 from kwjax.runtime.loop import History, Loop, fingerprint, open_store
-from kwjax.runtime.parallel import DeviceGroup, device_group
+from kwjax.runtime.parallel import device_group
 from kwjax.training.step import TERMS, TrainConfig, TrainState, initial_state, train_step
 
 Callback = Callable[[int, dict[str, float], Network], None]
@@ -62,8 +61,10 @@ def train(
     CheckpointError: `workdir` holds a run with other arguments.
     KeyboardInterrupt, SystemExit: the run was asked to stop, after its state was saved.
   """
-  options = {"key": key, "workdir": workdir, "devices": devices, "progress": progress, "callback": callback}
-  return train_with_history(network, images, labels, config, **options)[0]  # type: ignore[arg-type]
+  trained, _ = train_with_history(
+    network, images, labels, config, key=key, workdir=workdir, devices=devices, progress=progress, callback=callback
+  )
+  return trained
 
 
 def train_with_history(
@@ -96,7 +97,7 @@ def train_with_history(
   with open_store(workdir, "training", settings) as store:
     state, history = store.restore(initial_state(network, config))
     feed = Feed.of(images, plan, config.batch_size, group, config.resident_bytes)
-    step_fn = _compiled_step(group, config, feed.is_resident)
+    step_fn = compiled_step(group, train_step, config, feed.is_resident)
 
     def advance(step: int, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
       batch, drawn = feed.batch(step)
@@ -122,18 +123,6 @@ def _check_images(network: Network, images: Array | np.ndarray) -> None:
   low, high = float(images.min()), float(images.max())
   if not (low >= 0.0 and high <= 1.0):
     raise DataError(f"images must lie in [0, 1] or be uint8, found values from {low:.4g} to {high:.4g}")
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled_step(group: DeviceGroup, config: TrainConfig, resident: bool) -> Callable[..., Any]:
-  """`(state, source, plan, labels, weights) -> (state, metrics)`."""
-
-  def step(state: Any, source: Any, plan: Plan, labels: Any, weights: Any, axis_name: str | None) -> Any:
-    images, partners = gather(source, plan) if resident else source
-    batch = assemble(images, partners, plan, config.augment)
-    return train_step(state, batch, labels, config, weights, axis_name=axis_name)
-
-  return group.compile(step, donate=(0,))
 
 
 def _summary(row: dict[str, float]) -> str:
