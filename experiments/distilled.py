@@ -65,7 +65,7 @@ def accuracy_cell(
     "source": source.settings,
     "rules": rules.to_json(),
     "calibration": [calibrate_on, chosen.calibration_steps, chosen.calibration_batch],
-    "distillation": None if config is None else [tune_on, words, config.to_json()],
+    "distillation": None if config is None else {"images": tune_on, "words": words, "config": config.to_json()},
     "evaluation": identity(evaluation),
   }
   draws = f"{chosen.calibration_steps} x {chosen.calibration_batch} draws"

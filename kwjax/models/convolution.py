@@ -1,6 +1,6 @@
 """Convolutions that are fast on CPUs too: a drop-in for `lax.conv_general_dilated` in `nn.Conv`.
 
-Depthwise ones are sums of shifted images (`kwjax.models.depthwise`), 1x1 ones matrix products, and dense ones of stride 1 have
+Depthwise ones are sums of shifted images (`kwjax.models.depthwise`), 1x1 ones matrix products, and dense ones have
 forms of their own (`kwjax.models.dense`).
 On GPUs and TPUs the native convolution is kept. The platform is known only when the program is lowered, so the choice is
 made there.
@@ -38,8 +38,9 @@ def conv_general_dilated(
   """Same contract as `jax.lax.conv_general_dilated`, with some convolutions made fast on CPUs.
 
   Depthwise, up to 7x7: y[b,h,w,c] = sum_ij x[b, h s + i - top, w s + j - left, c] k[i,j,0,c], `feature_group_count` =
-  channels = features. Dense, stride 1: at most 16 channels and features, or 3x3, whose gradient to the images is Winograd's
-  where that pays (precision None; its rounding errors are ten times larger, the value itself is exact as ever).
+  channels = features. Dense, stride 1: at most 16 channels and features, or 3x3, whose gradients are Winograd's
+  where that pays (precision None; its rounding errors are ten times larger, the value itself is exact as ever). Dense,
+  strided, up to 7x7: the gradient to the kernel is a matrix product.
 
   Dense, 1x1, without padding: one matrix product, of any type.
 
@@ -69,11 +70,14 @@ def conv_general_dilated(
     down, right = window_strides
     # A matrix product says the same and is what the libraries of every platform are best at, in both gradients too.
     seen = lhs if down == right == 1 else lhs[:, ::down, ::right]
-    contraction = (((3,), (0,)), ((), ()))
-    return lax.dot_general(seen, rhs[0, 0], contraction, precision, preferred_element_type)
-  is_plain = lhs.ndim == 4 and feature_group_count == 1 and set(window_strides) == {1}
+    # As matrices: for the kernel's gradient of arrays XLA's CPU backend would first write the cotangent transposed.
+    pixels = seen.reshape(-1, seen.shape[3])
+    product = lax.dot_general(pixels, rhs[0, 0], (((1,), (0,)), ((), ())), precision, preferred_element_type)
+    return product.reshape(*seen.shape[:3], -1)
+  is_plain = lhs.ndim == 4 and feature_group_count == 1
+  is_strided = set(window_strides) != {1}
   fast = (
-    (is_depthwise or (is_plain and (is_narrow(rhs) or rhs.shape[:2] == (3, 3))))
+    (is_depthwise or (is_plain and (is_strided or is_narrow(rhs) or rhs.shape[:2] == (3, 3))))
     and rhs.shape[0] * rhs.shape[1] <= _LARGEST_WINDOW
     and lhs.dtype == rhs.dtype == jnp.float32
     and set(lhs_dilation or (1,)) == {1}

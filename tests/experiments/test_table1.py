@@ -57,11 +57,11 @@ def test_columns_differ_in_iq_and_mix_alone(folder: pathlib.Path) -> None:
   assert [(cell.row, cell.column) for cell in cells] == [(row, column) for row in ("1", "2") for column in COLUMNS]
   found = {}
   for cell in cells:
-    config = dict(cell.plan.settings["distillation"])
+    config = dict(cell.plan.settings["distillation"]["config"])
     found[cell.row, cell.column] = config.pop("iq_weight"), config.pop("mixup") is not None
     assert config == {
       name: value
-      for name, value in cells[0].plan.settings["distillation"].items()
+      for name, value in cells[0].plan.settings["distillation"]["config"].items()
       if name not in ("iq_weight", "mixup")
     }
   for row in ("1", "2"):
@@ -75,10 +75,10 @@ def test_columns_differ_in_iq_and_mix_alone(folder: pathlib.Path) -> None:
 
 def test_short_runs_have_a_low_rate_and_paper_has_the_published_one(folder: pathlib.Path) -> None:
   _, short = planned(folder, preset="cpu")
-  config = short[0].plan.settings["distillation"]
+  config = short[0].plan.settings["distillation"]["config"]
   assert (config["steps"], config["batch_size"], config["learning_rate"]) == (400, 64, 0.01)
   _, paper = planned(folder, preset="paper", real_data=f"{folder / 'data.npz'}:train")
-  config = paper[0].plan.settings["distillation"]
+  config = paper[0].plan.settings["distillation"]["config"]
   assert (config["steps"], config["batch_size"], config["learning_rate"]) == (16_000, 256, 0.1)
   assert {cell.row for cell in paper} == {"1"}  # 16 real images are not 10 a class
 

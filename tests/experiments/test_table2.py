@@ -94,7 +94,7 @@ def test_every_cell_has_settings_and_a_protocol_of_its_own(folder: pathlib.Path)
   by_name = {(cell.row, cell.column): cell.plan for cell in cells}
   assert by_name["bns", "4w8a*"].protocol.startswith("4w8a, first/last 8w8a")
   assert by_name["bns", "2w4a**"].protocol.startswith("2w4a, first/last 4w4a")
-  assert by_name["gaussian", "KD-4w4a"].settings["distillation"][1]["batch_norm"] == "frozen"
+  assert by_name["gaussian", "KD-4w4a"].settings["distillation"]["config"]["batch_norm"] == "frozen"
   assert by_name["bns", "4w4a"].settings["distillation"] is None
   # Another number of steps changes what is made by optimization, and nothing else.
   _, longer = planned(folder, real_data=real, steps=5)

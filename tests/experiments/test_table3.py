@@ -77,7 +77,7 @@ def test_sets_of_images_by_preset(folder: pathlib.Path) -> None:
   classes = tiny_network().num_classes
   counts = {cell.column: cell.plan.settings["source"]["count"] for cell in cells}
   assert counts == {"KD-4w4a*": 500, "KD-4w4a*-100": max(500, 100 * classes)}
-  distilled = {cell.column: cell.plan.settings["distillation"][0] for cell in cells}
+  distilled = {cell.column: cell.plan.settings["distillation"]["images"] for cell in cells}
   assert distilled == {"KD-4w4a*": 10 * classes, "KD-4w4a*-100": 100 * classes}
   assert study.tables[0].optional == ("KD-4w4a*-100",)
   study, cells = planned(folder, "resnet18", preset="cpu", rows=("bns",))
@@ -88,7 +88,7 @@ def test_sets_of_images_by_preset(folder: pathlib.Path) -> None:
   given = {"preset": "cpu", "rows": ("bns",), "columns": ("8w8a", "KD-4w4a*"), "distill_images": 700}
   _, cells = planned(folder, "resnet18", **given)
   assert [cell.plan.settings["source"]["count"] for cell in cells] == [700, 700]
-  assert cells[1].plan.settings["distillation"][0] == 700
+  assert cells[1].plan.settings["distillation"]["images"] == 700
   with pytest.raises(Missing, match="needs --preset paper: 100 images for each of"):
     planned(folder, "resnet18", preset="cpu", columns=("KD-4w4a*-100",))
 
