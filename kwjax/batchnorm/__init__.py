@@ -1,5 +1,6 @@
 """Statistics of BatchNorm inputs: measure them, compare them, choose which ones a layer uses."""
 
+from kwjax.batchnorm.adjust import adjust_statistics, current_layers, with_statistics
 from kwjax.batchnorm.divergence import (
   DIVERGENCES,
   bns_loss,
@@ -27,8 +28,10 @@ __all__ = [
   "INPUT",
   "Moments",
   "Pooled",
+  "adjust_statistics",
   "batch_moments",
   "bns_loss",
+  "current_layers",
   "freeze",
   "gaussian_kl",
   "input_moments",
@@ -45,4 +48,5 @@ __all__ = [
   "reference_moments",
   "std_mse",
   "weigh",
+  "with_statistics",
 ]

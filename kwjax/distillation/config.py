@@ -17,6 +17,8 @@ Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 # Where they decide only when the host looks or what memory holds; a run may be resumed with others.
 _WITHOUT_EFFECT = ("log_every", "checkpoint_every", "resident_bytes")
+# Left out of the settings at their defaults: runs from before they existed go on.
+_ADDED = ("algorithm", "current")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,9 @@ class DistillConfig:
   Attributes:
     steps: SGD steps.
     batch_size: images a step, over all devices.
-    learning_rate: its peak, after the warm-up. 0.1 is published for 16,000 steps and more; 0.01 suits a few hundred.
+    learning_rate: its peak, after the warm-up. 0.1 is published for 16,000 steps and more; 0.01 suits a few hundred, 0.001
+      Adam.
+    algorithm: "sgd" or "adam".
     momentum: of SGD.
     nesterov: whether the momentum is Nesterov's.
     weight_decay: L2 penalty on all parameters, added to the gradient before the momentum.
@@ -40,6 +44,8 @@ class DistillConfig:
       follow with each layer's own momentum. "frozen": it normalizes with the running ones, which stay as they are; the
       paper's choice for Gaussian images, whose statistics are not those of the data. Gradients are then far larger: a
       ResNet-20 at 2w4a learns at 0.01 with "train", collapses at 0.01 and learns at 0.001 with "frozen".
+    current: paths or regular expressions of the teacher's BatchNorm layers that use the statistics of the batch over all
+      devices instead of their running ones; (".*",) is what distillation from noise needs, see `current_layers`.
     augment: applied to each image before mixing, or None; a function that is a module's attribute, so that a resumed
       run can tell that it is the same one.
     log_every: steps between two looks at the metrics; the host waits for the device there only.
@@ -51,6 +57,7 @@ class DistillConfig:
   steps: int
   batch_size: int = 256
   learning_rate: float = 0.1
+  algorithm: Literal["sgd", "adam"] = "sgd"
   momentum: float = 0.9
   nesterov: bool = False
   weight_decay: float = 0.0
@@ -61,6 +68,7 @@ class DistillConfig:
   stages: tuple[str, ...] | None = None
   mixup: Mixup | None = None
   batch_norm: Literal["train", "frozen"] = "train"
+  current: tuple[str, ...] = ()
   augment: Augment | None = None
   log_every: int = 10
   checkpoint_every: int = 200
@@ -69,6 +77,7 @@ class DistillConfig:
   def __post_init__(self) -> None:
     if self.stages is not None:
       object.__setattr__(self, "stages", tuple(self.stages))
+    object.__setattr__(self, "current", tuple(self.current))
     for name in ("batch_size", "log_every", "checkpoint_every"):
       if getattr(self, name) < 1:
         raise KwjaxError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -84,6 +93,8 @@ class DistillConfig:
       raise KwjaxError("kl_weight and iq_weight are both 0: there is nothing to learn from")
     if self.batch_norm not in ("train", "frozen"):
       raise KwjaxError(f"unknown batch_norm {self.batch_norm!r}; known: train, frozen")
+    if self.algorithm not in ("sgd", "adam"):
+      raise KwjaxError(f"unknown algorithm {self.algorithm!r}; known: sgd, adam")
 
   @classmethod
   def preset(cls, name: str, **changes: Any) -> DistillConfig:
@@ -92,6 +103,8 @@ class DistillConfig:
     - "cifar": 16,000 steps (80 epochs of 200), batch 256, learning rate 0.1, IQ weight 1e-3, mixup 0.5; Haroush et al.
       (2020), section 4.2 and appendix.
     - "imagenet": 44,000 steps (110 epochs of 400), IQ weight 1e-2 (the appendix; section 4.2 says 1e-3).
+    - "noise": Adam at 0.001, batch 256, every BatchNorm layer of the teacher on the statistics of the batch, no IQ; Raikwar &
+      Mishra (2022), who take 196 steps an epoch for 200 epochs.
     - "short": 200 steps of 128, learning rate 0.01, no IQ and no mixup, which do not pay before some thousand steps.
 
     The paper's "short warm-up" is read as one epoch.
@@ -112,16 +125,20 @@ class DistillConfig:
     return warmup_cosine(self.learning_rate, self.steps, self.warmup_steps)
 
   def optimizer(self) -> optax.GradientTransformation:
-    """SGD: v <- momentum v + g + weight_decay w;  w <- w - lr v, as PyTorch's."""
-    sgd = optax.sgd(self.learning_rate_at(), momentum=self.momentum or None, nesterov=self.nesterov)
-    return optax.chain(optax.add_decayed_weights(self.weight_decay), sgd) if self.weight_decay else sgd
+    """SGD: v <- momentum v + g + weight_decay w;  w <- w - lr v, as PyTorch's; or Adam with its usual constants."""
+    if self.algorithm == "adam":
+      rule = optax.adam(self.learning_rate_at())
+    else:
+      rule = optax.sgd(self.learning_rate_at(), momentum=self.momentum or None, nesterov=self.nesterov)
+    return optax.chain(optax.add_decayed_weights(self.weight_decay), rule) if self.weight_decay else rule
 
   def to_json(self) -> dict[str, Any]:
     """The settings that decide the result, JSON-able; functions by name."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _WITHOUT_EFFECT}
     fields["mixup"] = None if self.mixup is None else dataclasses.asdict(self.mixup)
     fields["augment"] = None if self.augment is None else _function_name(self.augment)
-    return fields
+    defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in _ADDED}
+    return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
 
 
 def warmup_cosine(peak: float, steps: int, warmup_steps: int) -> optax.Schedule:
@@ -146,5 +163,13 @@ _PAPER = {"batch_size": 256, "learning_rate": 0.1, "mixup": Mixup(lam=0.5)}
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
   "cifar": {**_PAPER, "steps": 16_000, "warmup_steps": 200, "iq_weight": 1e-3},
   "imagenet": {**_PAPER, "steps": 44_000, "warmup_steps": 400, "iq_weight": 1e-2},
+  "noise": {
+    "steps": 39_200,
+    "batch_size": 256,
+    "learning_rate": 1e-3,
+    "algorithm": "adam",
+    "iq_weight": 0.0,
+    "current": (".*",),
+  },
   "short": {"steps": 200, "batch_size": 128, "learning_rate": 0.01, "iq_weight": 0.0},
 }

@@ -158,7 +158,7 @@ def distill_step(
   weights: Array | None = None,
   axis_name: str | None = None,
 ) -> tuple[DistillState[Student], dict[str, Array]]:
-  """One step of Algorithm 2: teacher forward, student forward and backward, SGD with momentum, running statistics.
+  """One step of Algorithm 2: teacher forward, student forward and backward, SGD or Adam, running statistics.
 
   The student's activation ranges are not trained; a fake-quantized student takes its weight scales anew from its
   weights in each forward pass.
@@ -166,7 +166,7 @@ def distill_step(
   Args:
     state: the student, the same on every device.
     batch: f32[b,h,w,c] in [0,1], this device's share, augmented and mixed; both networks see it.
-    teacher: in evaluation mode; evaluated once, without a gradient.
+    teacher: in evaluation mode but for the BatchNorm layers of `config.current`; evaluated once, without a gradient.
     config: what to optimize and how.
     weights: f32[b] of this device's images: 1 counts, 0 is padding, which may be any finite image. None: all count.
     axis_name: mapped axis of the devices.
@@ -181,8 +181,9 @@ def distill_step(
   Source: Haroush et al. (2020), "The Knowledge Within", Algorithm 2.
   """
   stages = resolve_stages(state.student, teacher, config.stages) if config.iq_weight > 0.0 else ()
-  watch_teacher = recording_features(observing(teacher.forward, record_moments=False), stages)
-  teacher_logits, recorded = jax.lax.stop_gradient(watch_teacher(teacher.variables, batch))
+  observed = observing(teacher.forward, axis_name=axis_name, current=config.current, record_moments=False)
+  teacher_variables = weigh(teacher.variables, weights) if config.current and weights is not None else teacher.variables
+  teacher_logits, recorded = jax.lax.stop_gradient(recording_features(observed, stages)(teacher_variables, batch))
   features = recorded_features(recorded)
   teacher_features = {stage: features[stage] for stage in stages}
 

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from kwjax.batchnorm import matches
 from kwjax.distillation.batches import Feed, compiled_step, planner
 from kwjax.distillation.config import DistillConfig
 from kwjax.distillation.features import resolve_stages
 from kwjax.distillation.step import DistillState, Student, distill_step, initial_state, watched_terms
 from kwjax.errors import DataError, KwjaxError
-from kwjax.intercept import Forwardable
-from kwjax.network import Array
+from kwjax.intercept import Forwardable, batch_norm_layers
+from kwjax.network import Array, Network
 from kwjax.runtime.loop import History, Loop, fingerprint, open_store
 from kwjax.runtime.parallel import DeviceGroup, device_group
 
@@ -47,7 +48,7 @@ def distill(
 
   Args:
     student: `QuantizedNetwork`, or a float `Network`.
-    teacher: the network to agree with, in evaluation mode.
+    teacher: the network to agree with, in evaluation mode but for the BatchNorm layers of `config.current`.
     images: f32[n,h,w,c] in [0,1], or u8[n,h,w,c] in 0..255; synthetic or real. Each epoch sees each of them once.
     config: how to train.
     key: PRNG key; equal arguments give equal students.
@@ -91,6 +92,7 @@ def distill_with_history(
   stages = resolve_stages(student, teacher, config.stages) if config.iq_weight > 0.0 else ()
   config = config.replace(stages=stages)
   plan = planner(key, images.shape[0], config)
+  _check_layers(teacher, config.current)
   initial = initial_state(student, config)
   with open_store(workdir, "distillation", lambda: _settings(student, teacher, images, config, key)) as store:
     state, history = store.restore(initial)
@@ -132,6 +134,16 @@ def check_arguments(
       f"images must be in units of [0, 1] (noise may exceed it by {_BEYOND:g}) or uint8, "
       f"found values from {low:.4g} to {high:.4g}"
     )
+
+
+def _check_layers(teacher: Forwardable, patterns: Sequence[str]) -> None:
+  network = getattr(teacher, "network", teacher)
+  names = batch_norm_layers(network) if patterns and isinstance(network, Network) else ()
+  for pattern in patterns if isinstance(network, Network) else ():
+    if not any(matches(name, [pattern]) for name in names):
+      raise KwjaxError(
+        f"no BatchNorm layer of {teacher.name} matches {pattern!r} of current; there are {', '.join(names[:8]) or 'none'}"
+      )
 
 
 def _settings(student: Any, teacher: Any, images: Any, config: DistillConfig, key: Array) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Images made out of a network: objective, augmentation, pixel optimization, noise, storage."""
 
 from kwjax.synthesis.augment import Augmentation, augment
-from kwjax.synthesis.config import PAPER_ROWS, SCHEMES, SynthesisConfig
-from kwjax.synthesis.noise import dead_leaves, gaussian_images
+from kwjax.synthesis.config import OWN_SCHEMES, PAPER_ROWS, SCHEMES, SynthesisConfig
+from kwjax.synthesis.leaves import LEAF_SHAPES, dead_leaves
+from kwjax.synthesis.noise import gaussian_images
 from kwjax.synthesis.objective import TERMS, Evidence, Objective, evaluate_objective, inception_loss, smoothness_prior
 from kwjax.synthesis.pixels import SynthesisState, initial_state, synthesis_loss, synthesis_step
 from kwjax.synthesis.store import ImageStore
@@ -10,6 +11,8 @@ from kwjax.synthesis.store_tfds import save_tfds
 from kwjax.synthesis.synthesize import SampleSet, batch_sizes, starting_images, synthesize
 
 __all__ = [
+  "LEAF_SHAPES",
+  "OWN_SCHEMES",
   "PAPER_ROWS",
   "SCHEMES",
   "TERMS",

@@ -24,7 +24,7 @@ from kwjax.network import Array, Network
 from kwjax.runtime import parallel
 from kwjax.synthesis.augment import augment
 from kwjax.synthesis.config import SynthesisConfig
-from kwjax.synthesis.noise import dead_leaves
+from kwjax.synthesis.leaves import dead_leaves
 from kwjax.synthesis.objective import Evidence, evaluate_objective, layer_divergences
 
 LOSS, GRADIENT = "loss", "gradient"
