@@ -279,5 +279,5 @@ def _clear(folder: pathlib.Path) -> None:
     return
   for name in ("settings.json", "report.json", "report.html", "tables.csv"):
     (folder / name).unlink(missing_ok=True)
-  for name in ("stages", "synthesis", "gaussian", "distillation", "training", "quantized", "figures"):
+  for name in ("stages", "synthesis", "gaussian", "distillation", "training", "quantized", "figures", "tensorboard"):
     shutil.rmtree(folder / name, ignore_errors=True)

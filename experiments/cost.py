@@ -67,7 +67,7 @@ def describe(
   synthesis = images * config.duplicates * config.steps * 2 * forward if config.is_optimized else 0
   runs = 2 * len(bits)
   # The float network and every copy, the fine-tuned one among them, see each image once.
-  evaluation = forward * (2 * images + (images - chosen.images + labelled) * (runs + 2))
+  evaluation = forward * (3 * images + (images - chosen.images + labelled) * (runs + 2))
   distillation = chosen.distill_steps * chosen.distill_batch_size * 4 * forward
   rate = matmul_rate()
   total = synthesis + evaluation + distillation

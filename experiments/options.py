@@ -42,8 +42,19 @@ class Options:
   weight_reading: Literal["auto", "affine", "affine0", "sym", "symfull", "midrise"] = "auto"
   """Grid of the weights. auto: affine from 4 bits on, the paper's, which has no integer form; affine0, sym and symfull have
   one, and the saved network then holds integer weights."""
-  range_reading: Literal["sample", "chunk"] = "sample"
-  """Activation ranges: the mean over samples of each one's extremes, or over chunks of 16 of the chunk's."""
+  calibration: Literal["best", "paper"] | None = None
+  """best: what made the best copies without data (docs/results.md): weight ranges of least squared error, and the moments of
+  all channels brought back to the float network's. paper: extremes alone. Default: paper under --preset paper, else best."""
+  range_reading: Literal["sample", "chunk", "percentile", "mse", "entropy"] | None = None
+  """Activation ranges: the mean over samples of each one's extremes, or over chunks of 16 of the chunk's; or, of all values,
+  99.99 %, the range of least squared error, or of least KL. Default: by --calibration."""
+  weight_range: Literal["minmax", "mse"] | None = None
+  """Each channel's weights: the whole range, or the part of it with the least squared error. Default: by --calibration."""
+  correction: Literal["none", "mean", "moments"] | None = None
+  """Bring the means of all channels back to the float network's on the images, or BatchNorm's variances as well. Default: by
+  --calibration."""
+  equalize: bool = False
+  """Move scale between neighbouring layers first, where that changes nothing (ReLU networks)."""
   images: ByPreset = None
   """Distinct images to synthesize for calibration and fine-tuning."""
   held_out: ByPreset = None
@@ -65,6 +76,11 @@ class Options:
   """Labelled images to evaluate on, used for nothing else: zip or folder of CLASS_*.jpg, class folders, .npz, tfds:NAME."""
   real_data: str | None = None
   """Real images to calibrate with as well, for comparison only; the same forms, FILE.npz:train picks a split."""
+  class_names: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None
+  """Names of the classes for the report, one a line, in the order of the logits. Default: class_names.txt in the folder of
+  --network, if there is one."""
+  tensorboard: bool = False
+  """Write loss, J_KL, learning rate, images and protocol to WORKDIR/tensorboard as well (extra tensorboard)."""
   preset: Preset = "cpu"
   """cpu: minutes on two cores. paper: the published settings, for accelerators. smoke: the shortest complete run."""
   workdir: pathlib.Path | None = None
@@ -181,6 +197,34 @@ def synthesis_config(options: Options, network: Network, chosen: Sizes) -> Synth
   return config
 
 
+def class_names(options: Options, network: Network) -> list[str] | None:
+  """Names of the network's classes, from --class-names or from `class_names.txt` in the folder of --network; or None.
+
+  Raises:
+    KwjaxError: the file cannot be read, is not text, has an empty line, or not one line a class.
+  """
+  path = options.class_names
+  if path is None:
+    path = options.network / "class_names.txt" if options.network is not None else None
+    if path is None or not path.is_file():
+      return None
+  try:
+    lines = path.read_text(encoding="utf-8").splitlines()
+  except OSError as error:
+    raise KwjaxError(f"--class-names: {path} cannot be read: {error.strerror or error}") from error
+  except UnicodeDecodeError as error:
+    raise KwjaxError(f"--class-names: {path} is not UTF-8 text") from error
+  names = [line.strip() for line in lines]
+  empty = [number for number, name in enumerate(names, 1) if not name]
+  if len(names) != network.num_classes:
+    raise KwjaxError(
+      f"--class-names: {path} has {len(names)} lines, but {network.name} has {network.num_classes} classes: one name a line"
+    )
+  if empty:
+    raise KwjaxError(f"--class-names: line {empty[0]} of {path} is empty: one name a line")
+  return names
+
+
 def run_folder(name: str, options: Options, network: Network) -> pathlib.Path:
   """--workdir, or a folder whose name derives from everything that changes the result.
 
@@ -206,6 +250,8 @@ def result_settings(options: Options, network: Network) -> dict[str, Any]:
     "process_id",
     "checkpoint_seconds",
     "checkpoint_steps",
+    "class_names",
+    "tensorboard",
   }
   settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in without_effect}
   data = {name: _content(settings[name]) for name in ("eval_data", "real_data")}

@@ -12,8 +12,17 @@ import jax
 import numpy as np
 
 from experiments import cost, memory, results, stages
+from experiments.calibration import Method, calibrated_copy, method_of
 from experiments.common import Stages, get_network, in_workdir, say, start
-from experiments.options import Options, Sizes, result_settings, run_folder, sizes, synthesis_config
+from experiments.options import (
+  Options,
+  Sizes,
+  class_names,
+  result_settings,
+  run_folder,
+  sizes,
+  synthesis_config,
+)
 from experiments.scoring import Scorer
 from experiments.stages import (
   CALIBRATION_KEY,
@@ -23,11 +32,9 @@ from experiments.stages import (
   REAL,
   SYNTHESIS_KEY,
   Site,
-  calibrated,
   distill_config,
   fine_tuned,
   make_images,
-  range_table,
   spread_images,
 )
 from kwjax.errors import KwjaxError
@@ -37,6 +44,7 @@ from kwjax.quantization.integer import representable_weights
 from kwjax.runtime import processes
 from kwjax.runtime.data import ImageData, load_data
 from kwjax.runtime.files import canonical_json, settings_differences
+from kwjax.runtime.tensorboard import open_log
 from kwjax.runtime.workdir import Shutdown
 from kwjax.synthesis import SynthesisConfig, starting_images
 
@@ -51,6 +59,7 @@ class Job(NamedTuple):
   rules: dict[str, QuantRules]
   eval_data: ImageData | None
   real_data: ImageData | None
+  class_names: list[str] | None = None
 
   def key(self, stream: int) -> jax.Array:
     """PRNG key of one stage."""
@@ -83,6 +92,7 @@ def run(options: Options, *, name: str, default: str | None) -> int:
   chosen = sizes(options, network)
   config = synthesis_config(options, network, chosen)
   eval_data, real_data = _load(options.eval_data, network), _load(options.real_data, network)
+  names = class_names(options, network)
   folder = run_folder(name, options, network)
   need = memory.predict(network, config, chosen, group.size)
   if options.dry_run and processes.is_main():
@@ -96,8 +106,10 @@ def run(options: Options, *, name: str, default: str | None) -> int:
 
   def work(folder: pathlib.Path, shutdown: Shutdown) -> None:
     finished = Stages(folder, result_settings(options, network))
-    site = Site(network, group, finished, shutdown, folder, options.checkpoint_seconds, options.checkpoint_steps)
-    execute(Job(options, site, chosen, config, rules, eval_data, real_data))
+    with open_log(folder / "tensorboard" if options.tensorboard and processes.is_main() else None) as log:
+      pace = options.checkpoint_seconds, options.checkpoint_steps
+      site = Site(network, group, finished, shutdown, folder, *pace, log)
+      execute(Job(options, site, chosen, config, rules, eval_data, real_data, names))
 
   in_workdir(folder, options, work)
   return 0
@@ -138,10 +150,10 @@ def parse_rules(options: Options, network: Network) -> dict[str, QuantRules]:
       first_last=options.first_last_bits(),
       overrides=overrides,
       weights=options.weight_reading,
-      ranges=options.range_reading,
     )
     for bits in options.bits
   }
+  rules = {bits: method_of(options).applied(rule) for bits, rule in rules.items()}
   for rule in rules.values():
     rule.resolve(network)
   return rules
@@ -166,6 +178,7 @@ def execute(job: Job) -> None:
     calibration[REAL] = spread_images(job.real_data, job.chosen.images)
   held_out = samples.images[job.chosen.images :]
   similarity = site.stages.once("similarity", lambda: _similarities(job, calibration))
+  answers = site.stages.once("answers", lambda: stages.answers(site, samples.images))
   say(
     "measuring the float network"
     if job.eval_data
@@ -186,21 +199,28 @@ def execute(job: Job) -> None:
       network=site.network,
       options=job.options,
       config=job.config,
-      rules={bits: rule.describe() for bits, rule in job.rules.items()},
+      rules={bits: _described(rule, method_of(job.options)) for bits, rule in job.rules.items()},
       calibration={data: len(images) for data, images in calibration.items()},
       held_out=len(held_out),
       eval_name=job.eval_data.name if job.eval_data else None,
       final_name=final.name,
       integers=f"{len(representable_weights(final))} of {len(job.rules[job.options.bits[-1]].resolve(site.network))} layers "
       "with integer weights beside the float ones",
+      class_names=job.class_names,
     ),
     samples=samples,
+    answers=answers,
     similarity=similarity,
     float_result=float_result,
     scores=scores,
     tuned=tuned[1] if tuned else None,
+    log=site.log,
   )
   say(f"done: {site.stages.folder / 'report.html'}")
+
+
+def _described(rules: QuantRules, method: Method) -> str:
+  return ", ".join([rules.describe(), *([method.describe()] if method.describe() else [])])
 
 
 def _similarities(job: Job, calibration: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
@@ -228,16 +248,17 @@ def calibrate_all(
 ) -> tuple[dict[str, dict[str, QuantizedNetwork]], dict[str, dict[str, Any]]]:
   """Every precision with every image set: `{bits: {data: network}}` and `{bits: {data: score}}`.
 
-  One pass over each image set serves all precisions: the ranges are those of the float network.
+  What is observed of an image set serves all precisions: the ranges are those of the float network.
   """
   site = job.site
-  tables = {data: range_table(site, f"ranges-{data}", images, words=data) for data, images in calibration.items()}
+  method = method_of(job.options)
   quantized: dict[str, dict[str, QuantizedNetwork]] = {}
   scores: dict[str, dict[str, Any]] = {}
   for bits, rules in job.rules.items():
     quantized[bits], scores[bits] = {}, {}
-    for data, table in tables.items():
-      network = calibrated(site.network, table, rules, job.chosen, key=job.key(CALIBRATION_KEY))
+    for data, images in calibration.items():
+      key = job.key(CALIBRATION_KEY)
+      network = calibrated_copy(site, f"ranges-{data}", images, rules, method, job.chosen, key=key, words=data)
       quantized[bits][data] = network
       scores[bits][data] = site.stages.once(f"calibrated-{bits}-{data}", functools.partial(scorer.score, network))
       say(f"calibrated {bits} with {data}: {results.in_words(scores[bits][data])}")

@@ -6,13 +6,18 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import matplotlib.image
 import numpy as np
 
+from experiments.event_log import log_report
 from experiments.options import Options
 from kwjax.analysis import figures
+from kwjax.analysis.class_balance import class_balance, class_labels
 from kwjax.network import Network
 from kwjax.runtime.evaluate import wilson_interval
-from kwjax.runtime.report import command_line, versions, write_report
+from kwjax.runtime.report import Picture, Tile, command_line, complete, versions, write_report
+from kwjax.runtime.report_html import summary
+from kwjax.runtime.tensorboard import EventLog
 from kwjax.synthesis import TERMS, SampleSet, SynthesisConfig
 
 Score = Mapping[str, Any]
@@ -30,6 +35,7 @@ class Facts(NamedTuple):
   eval_name: str | None
   final_name: str
   integers: str
+  class_names: list[str] | None = None
 
 
 def in_words(score: Score) -> str:
@@ -66,6 +72,7 @@ def build(
   float_result: Score,
   scores: Mapping[str, Mapping[str, Score]],
   tuned: Score | None,
+  answers: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """The content of report.json."""
   scheme, seed, lowest = job.config.scheme, job.options.seed, job.options.bits[-1]
@@ -96,7 +103,46 @@ def build(
     "agreement": agreement,
     "versions": versions(),
     "command": command_line(),
+    "classes": _classes(job, samples, answers) if answers else None,
+    **({"notes": notes} if (notes := _notes(job, scores, tuned)) else {}),
   }
+
+
+def _classes(job: Facts, samples: SampleSet, answers: Mapping[str, Any]) -> dict[str, Any]:
+  """What the float network says of the images, by class."""
+  objective = job.config.objective
+  aimed = job.config.is_optimized and (objective.inception or objective.cross_entropy)
+  found = class_balance(
+    np.asarray(answers["classes"]), job.network.num_classes, targets=samples.labels if aimed else None
+  )
+  return {
+    "counts": found.named(job.class_names),
+    "effective": found.effective,
+    "confidence": float(np.mean(answers["confidences"])),
+    "aimed": found.aimed,
+  }
+
+
+def _notes(job: Facts, scores: Mapping[str, Mapping[str, Score]], tuned: Score | None) -> list[str]:
+  """What a reader must not overlook: a fine-tuning that made the copy worse by more than chance does."""
+  bits, before = job.options.bits[-1], scores[job.options.bits[-1]][job.config.scheme]
+  kind = "accuracy" if before["accuracy"] else "held_out"
+  if tuned is None or before[kind] is None or tuned[kind] is None:
+    return []
+  (least, _), (_, most) = _interval(before[kind]), _interval(tuned[kind])
+  if most >= least:
+    return []
+  what = "top-1" if kind == "accuracy" else "agreement on the held-out images"
+  return [
+    f"Fine-tuning lowered the {what} of {bits} from {before[kind]['top1']:.2%} to {tuned[kind]['top1']:.2%}: the "
+    "calibrated copy is the better one here (--distill-steps 0 saves that one). More images, more steps or a lower "
+    "--distill-learning-rate may help."
+  ]
+
+
+def _interval(result: Mapping[str, Any]) -> tuple[float, float]:
+  """95 % interval of a fraction of images."""
+  return wilson_interval(round(result["top1"] * result["count"]), result["count"])
 
 
 def _protocol(job: Facts) -> dict[str, Any]:
@@ -145,11 +191,38 @@ def write(
   float_result: Score,
   scores: Mapping[str, Mapping[str, Score]],
   tuned: Score | None,
+  answers: Mapping[str, Any] | None = None,
+  log: EventLog | None = None,
 ) -> pathlib.Path:
-  """Write figures, report.json and report.html into a run's folder; returns the page."""
-  report = build(job, samples, similarity, float_result, scores, tuned)
+  """Write figures, report.json and report.html into a run's folder, and the gist into a TensorBoard log; returns the page."""
+  report = build(job, samples, similarity, float_result, scores, tuned, answers)
   pictures = draw(folder / "figures", job, samples, similarity, scores, tuned)
-  return write_report(report, folder, figures=pictures)
+  grid = figures.image_grid(
+    samples.images[: _shown(job)], folder / "figures" / "images.png", columns=8 if _is_small(job) else 4
+  )
+  page = write_report(report, folder, figures=pictures, images=_tiles(job, samples, answers))
+  if log is not None:
+    log_report(log, summary(complete(report)), report, matplotlib.image.imread(grid)[..., :3])
+  return page
+
+
+def _is_small(job: Facts) -> bool:
+  return job.network.image_shape[0] <= 64
+
+
+def _shown(job: Facts) -> int:
+  """How many images the report shows."""
+  return 32 if _is_small(job) else 12
+
+
+def _tiles(job: Facts, samples: SampleSet, answers: Mapping[str, Any] | None) -> list[Tile]:
+  """The first images, with the float network's answer and how sure it is."""
+  images = samples.images[: _shown(job)]
+  if answers is None:
+    return [Tile(image) for image in images]
+  names = class_labels(job.network.num_classes, job.class_names)
+  found = zip(images, answers["classes"], answers["confidences"])
+  return [Tile(image, f"{names[answer]}, {confidence:.0%}") for image, answer, confidence in found]
 
 
 def draw(
@@ -159,28 +232,36 @@ def draw(
   similarity: Mapping[str, Any] | None,
   scores: Mapping[str, Mapping[str, Score]],
   tuned: Score | None,
-) -> dict[str, pathlib.Path]:
-  """Image grid, J_KL curve, divergence by layer, accuracy or agreement by precision."""
+) -> dict[str, Picture]:
+  """Accuracy or agreement by precision, J_KL curve, divergence by layer."""
   folder.mkdir(parents=True, exist_ok=True)
   scheme = job.config.scheme
-  small = job.network.image_shape[0] <= 64
-  count = min(len(samples.images), 32 if small else 12)
+  bars, label = _bars(job, scores, tuned)
   pictures = {
-    f"{count} of the {scheme} images": figures.image_grid(
-      samples.images[:count], folder / "images.png", columns=8 if small else 4
+    f"{label.removesuffix(' (%)')} by precision": Picture(
+      figures.accuracy_bars(bars, folder / "precision.png", ylabel=label),
+      "Each group is a precision, each colour the images that the copy was calibrated with; the lines at the tops are "
+      "95 % intervals.",
+      "accuracy",
     )
   }
   if "jkl" in samples.history and samples.history["jkl"].shape[1] > 1:
     curve = samples.history["jkl"].mean(0)
     references = {name: entry["jkl"] for name, entry in (similarity or {}).items() if name in ("gaussian", "real")}
-    pictures["J_KL of the augmented batches while optimizing"] = figures.jkl_curve(
-      {scheme: (np.arange(len(curve)), curve)}, folder / "jkl.png", references=references
+    pictures["J_KL while the images were optimized"] = Picture(
+      figures.jkl_curve({scheme: (np.arange(len(curve)), curve)}, folder / "jkl.png", references=references),
+      "Mean over the batches, of the augmented images that the network saw; lower is nearer to the training data. "
+      + (f"Dashed: {' and '.join(references)} images." if references else ""),
+      "jkl",
     )
   if similarity:
     shown = {name: entry["per_layer"] for name, entry in similarity.items() if name != "start"}
-    pictures["Divergence by layer"] = figures.layer_bars(shown, folder / "layers.png")
-  bars, label = _bars(job, scores, tuned)
-  pictures[label] = figures.accuracy_bars(bars, folder / "precision.png", ylabel=label)
+    worst = sorted(layers := shown.get(scheme, next(iter(shown.values()))), key=lambda layer: -layers[layer])[:3]
+    pictures["Divergence by layer"] = Picture(
+      figures.layer_bars(shown, folder / "layers.png"),
+      f"From the input to the last BatchNorm layer. The worst of the {scheme} images: {', '.join(worst)}.",
+      "jkl",
+    )
   return pictures
 
 
@@ -196,8 +277,7 @@ def _bars(
   def bar(score: Score | None) -> tuple[float, float, float] | None:
     if score is None or score[entry] is None:
       return None
-    top1, count = score[entry]["top1"], score[entry]["count"]
-    return (top1, *wilson_interval(round(top1 * count), count))
+    return (score[entry]["top1"], *_interval(score[entry]))
 
   sources = list(next(iter(scores.values())))
   return {bits: {data: bar(row.get(data)) for data in sources} for bits, row in rows.items()}, label

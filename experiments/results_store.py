@@ -23,6 +23,7 @@ SECTIONS = {
   "table4_similarity": "Tables 4 and 7: J_KL of data sets, and what it detects",
   "table5_sigma": "Table 5: the smoothing kernel",
   "table6_objectives": "Table 6: number of images, and KL against CE",
+  "table_calibration": "Ways to calibrate: ranges, bias correction, equalization",
   "figure2_monitor": "Figure 2: J_KL under the inception loss, smoothness under BNS",
   "figure3_quality": "Figure 3: accuracy by number and quality of images",
   "figure5_images": "Figure 5: the images",

@@ -8,19 +8,30 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments import event_log
 from experiments.common import Stages, say
 from experiments.options import Options, Sizes
 from kwjax.analysis.similarity import measure
 from kwjax.batchnorm import INPUT
-from kwjax.distillation import DistillConfig, distill
+from kwjax.distillation import DistillConfig, distill_with_history
 from kwjax.errors import DataError, Interrupted, NoBatchNormError
 from kwjax.intercept import Forwardable
 from kwjax.network import Network
-from kwjax.quantization import QuantizedNetwork, QuantRules, RangeTable, observe_ranges, quantize, ranges_from
+from kwjax.quantization import (
+  Histogram,
+  QuantizedNetwork,
+  QuantRules,
+  RangeTable,
+  observe_histograms,
+  observe_ranges,
+  quantize,
+  ranges_from,
+)
 from kwjax.runtime import processes
 from kwjax.runtime.data import ImageData
-from kwjax.runtime.evaluate import score
+from kwjax.runtime.evaluate import predict, score
 from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.tensorboard import EventLog
 from kwjax.runtime.workdir import Shutdown
 from kwjax.synthesis import SampleSet, SynthesisConfig, synthesize
 
@@ -44,6 +55,7 @@ class Site(NamedTuple):
     scratch: folder for the checkpoints of a fine-tuning.
     checkpoint_seconds: least time between two saved states of a synthesis.
     checkpoint_steps: fine-tuning steps between two saved states.
+    log: where curves go for TensorBoard, in the main process alone; or None.
   """
 
   network: Network
@@ -53,6 +65,7 @@ class Site(NamedTuple):
   scratch: pathlib.Path
   checkpoint_seconds: float = 20.0
   checkpoint_steps: int = 200
+  log: EventLog | None = None
 
   def should_stop(self) -> bool:
     """Whether this process was asked to stop."""
@@ -78,7 +91,7 @@ def make_images(site: Site, config: SynthesisConfig, folder: str, *, count: int,
     count: distinct images.
     key: of everything random in them.
   """
-  return synthesize(
+  samples = synthesize(
     site.network,
     config.replace(batch_size=config.batch_size if config.is_optimized else count),
     num_images=count,
@@ -88,7 +101,10 @@ def make_images(site: Site, config: SynthesisConfig, folder: str, *, count: int,
     progress=config.is_optimized,
     checkpoint_seconds=site.checkpoint_seconds,
     should_stop=site.should_stop,
+    callback=event_log.synthesis_callback(site.log, folder, config),
   )
+  event_log.log_samples(site.log, folder, config, samples)
+  return samples
 
 
 def spread_images(data: ImageData, count: int) -> np.ndarray:
@@ -133,6 +149,22 @@ def similarity(site: Site, images: np.ndarray | jax.Array) -> dict[str, Any] | N
   }
 
 
+def answers(site: Site, images: np.ndarray) -> dict[str, Any]:
+  """What the float network says of each image: `{"classes": [index], "confidences": [its probability]}`.
+
+  Args:
+    site: where.
+    images: f32[n,h,w,c] in [0,1].
+  """
+  site.shutdown_point()
+  size = 256 if site.network.image_shape[0] <= 64 else 32
+  own = predict(site.network, images, batch_size=size, devices=site.group, should_stop=site.should_stop)
+  logits = processes.gather(own)
+  probabilities = np.exp(logits - logits.max(1, keepdims=True))
+  probabilities /= probabilities.sum(1, keepdims=True)
+  return {"classes": logits.argmax(1).tolist(), "confidences": probabilities.max(1).astype(float).tolist()}
+
+
 def range_table(site: Site, name: str, images: np.ndarray, *, words: str) -> RangeTable:
   """Activation extremes of every image, kept between runs; one table serves all precisions.
 
@@ -152,6 +184,31 @@ def range_table(site: Site, name: str, images: np.ndarray, *, words: str) -> Ran
     return table.to_json()
 
   return RangeTable.from_json(site.stages.once(name, compute))
+
+
+def histogram_table(
+  site: Site, name: str, images: np.ndarray, table: RangeTable, *, words: str
+) -> dict[str, Histogram]:
+  """Distribution of every layer's input over the images, kept between runs; serves all precisions.
+
+  Args:
+    site: where.
+    name: of the stage.
+    images: f32[n,h,w,c] in [0,1].
+    table: their extremes, of `range_table`.
+    words: what the images are called.
+  """
+  site.shutdown_point()
+
+  def compute() -> dict[str, Any]:
+    say(f"observing the distribution of activations on {len(images)} {words} images")
+    found = observe_histograms(
+      site.network, images, table, batch_size=32, progress=True, devices=site.group, should_stop=site.should_stop
+    )
+    return {layer: [np.asarray(field).tolist() for field in histogram] for layer, histogram in found.items()}
+
+  stored = site.stages.once(name, compute)
+  return {layer: Histogram(*map(np.asarray, fields)) for layer, fields in stored.items()}
 
 
 def calibrated(
@@ -198,7 +255,7 @@ def fine_tuned(
   """The student after distilling a teacher into it, by default the float network; checkpoints are in `site.scratch`."""
   site.shutdown_point()
   say(f"fine-tuning {student.name}: {config.steps} steps")
-  return distill(
+  trained, history = distill_with_history(
     student,
     site.network if teacher is None else teacher,
     images,
@@ -207,7 +264,10 @@ def fine_tuned(
     workdir=site.scratch,
     devices=site.group,
     progress=True,
+    callback=lambda step, metrics, _: event_log.log_distillation(site.log, config, [metrics]),
   )
+  event_log.log_distillation(site.log, config, history)
+  return trained
 
 
 def distill_config(options: Options, network: Network, chosen: Sizes, scheme: str) -> DistillConfig:

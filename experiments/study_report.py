@@ -14,13 +14,13 @@ from experiments.tables import PERCENT, Entry, Results, Table, as_json, as_rows,
 from kwjax.analysis import figures
 from kwjax.network import fingerprint
 from kwjax.runtime import processes
-from kwjax.runtime.report import command_line, versions, write_report
+from kwjax.runtime.report import Picture, command_line, versions, write_report
 
 if TYPE_CHECKING:
   from experiments.study import Study
 
-Figures = Callable[[Site, pathlib.Path, Sequence[Table], Mapping[str, Results]], Mapping[str, pathlib.Path]]
-"""`(site, folder, tables, {table title: Results}) -> {title: PNG}`."""
+Figures = Callable[[Site, pathlib.Path, Sequence[Table], Mapping[str, Results]], Mapping[str, pathlib.Path | Picture]]
+"""`(site, folder, tables, {table title: Results}) -> {title: PNG, or Picture with a caption}`."""
 
 
 def finish(site: Site, study: Study, results: Mapping[str, Results], seeds: Sequence[int]) -> None:
@@ -62,7 +62,7 @@ def finish(site: Site, study: Study, results: Mapping[str, Results], seeds: Sequ
 
 def draw_bars(
   site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
-) -> dict[str, pathlib.Path]:
+) -> dict[str, Picture]:
   """Bars of every table whose columns are all accuracies, with one standard deviation, as far as measured."""
   pictures = {}
   for number, table in enumerate(tables):
@@ -72,7 +72,10 @@ def draw_bars(
     bars = {column: {row: _bar(found.get((row, column))) for row in table.rows} for column in table.columns}
     measured = {column: row for column, row in bars.items() if any(bar is not None for bar in row.values())}
     if measured:
-      pictures[table.title] = figures.accuracy_bars(measured, folder / f"table-{number}.png")
+      pictures[table.title] = Picture(
+        figures.accuracy_bars(measured, folder / f"table-{number}.png"),
+        "Each group is a column of the table, each colour a row: the mean over seeds, with one standard deviation up and down.",
+      )
   return pictures
 
 

@@ -5,13 +5,24 @@ The stages, in the order in which data goes through them: a `Network`; the stati
 `quantize`, `integer_weights`); fine-tuning (`distill`); how good the copy is (`evaluate`, `agreement`).
 """
 
+import importlib.metadata as _metadata
+
 from kwjax.analysis.attacks import fgsm, fgsm_images
 from kwjax.analysis.divergence_scores import ScoreReference, divergence_scores, fit_scores, image_divergences
 from kwjax.analysis.roc import auroc, auroc_interval, max_softmax
 from kwjax.analysis.similarity import Similarity, measure
-from kwjax.batchnorm import Moments, bns_loss, gaussian_kl, observe, reference_moments
+from kwjax.batchnorm import (
+  Moments,
+  adjust_statistics,
+  bns_loss,
+  current_layers,
+  gaussian_kl,
+  observe,
+  reference_moments,
+)
 from kwjax.distillation import DistillConfig, distill, distill_step
 from kwjax.errors import KwjaxError
+from kwjax.export import export_onnx, export_safetensors, export_stablehlo, load_safetensors, load_stablehlo
 from kwjax.models import get_model, known_models, model_info
 from kwjax.network import Network, load_network, save_network
 from kwjax.quantization import (
@@ -41,7 +52,10 @@ from kwjax.synthesis import (
   synthesize,
 )
 
-__version__ = "0.1.0"
+try:
+  __version__ = _metadata.version("kwjax")
+except _metadata.PackageNotFoundError:  # a source folder on the path, not installed
+  __version__ = "0+unknown"
 
 __all__ = [
   "Accuracy",
@@ -60,16 +74,21 @@ __all__ = [
   "ScoreReference",
   "Similarity",
   "SynthesisConfig",
+  "adjust_statistics",
   "agreement",
   "auroc",
   "auroc_interval",
   "bns_loss",
   "calibrate",
+  "current_layers",
   "dead_leaves",
   "distill",
   "distill_step",
   "divergence_scores",
   "evaluate",
+  "export_onnx",
+  "export_safetensors",
+  "export_stablehlo",
   "fake_quant",
   "fgsm",
   "fgsm_images",
@@ -83,6 +102,8 @@ __all__ = [
   "load_data",
   "load_network",
   "load_quantized",
+  "load_safetensors",
+  "load_stablehlo",
   "max_softmax",
   "measure",
   "model_info",

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from kwjax.errors import KwjaxError
+from kwjax.modules import leaves_behind
 from kwjax.network import ApplyFn, Array, FrozenInfo, Network, Variables
 
 _COLLECTION = "batch_stats"
@@ -159,6 +160,7 @@ class Layer:
     groups: feature groups of a convolution, else 1.
     repeats: times it is stacked by nn.scan or nn.vmap, else 1.
     channel_axes: axes of the kernel, counted from the end, that index output channels.
+    feeds_logits: whether its kernel has a part in the logits; of a network with other outputs beside them, not all have.
   """
 
   name: str
@@ -170,11 +172,12 @@ class Layer:
   groups: int = 1
   repeats: int = 1
   channel_axes: tuple[int, ...] = (-1,)
+  feeds_logits: bool = True
 
   @property
   def is_matmul(self) -> bool:
-    """Whether quantization rules speak of it: convolutions and dense layers."""
-    return self.kernel_shape is not None and self.kind in _MATMULS
+    """Whether quantization rules speak of it: convolutions and dense layers that the logits come from."""
+    return self.kernel_shape is not None and self.kind in _MATMULS and self.feeds_logits
 
   @property
   def is_batch_norm(self) -> bool:
@@ -237,7 +240,7 @@ def _trace_layers(static: tuple, structure: FrozenInfo) -> tuple[Layer, ...]:
       found[name] = Layer(
         name=name,
         kind=kind_of(module),
-        primitive=type(module).__module__.startswith("flax."),
+        primitive=type(module).__module__.startswith("flax.") and not isinstance(module, nn.Sequential),
         input_shape=tuple(jnp.shape(x)) if isinstance(x, jax.Array) else (),
         output_shape=tuple(y.shape) if isinstance(y, jax.Array) else (),
         kernel_shape=tuple(kernel.shape) if kernel is not None else None,
@@ -248,8 +251,16 @@ def _trace_layers(static: tuple, structure: FrozenInfo) -> tuple[Layer, ...]:
     return y
 
   apply = intercept(network.forward, lambda module: True, note)
-  jax.eval_shape(apply, variables, jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32))
-  return tuple(found.values())
+  image = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
+  jax.eval_shape(apply, variables, image)
+  if network.output is None:
+    return tuple(found.values())
+  leaves = leaves_behind(lambda v, x: network.forward(v, x)[0], variables, image)
+  feeding = {"/".join(path[1:-1]) or "<top>" for path in leaves if path[0] == "params" and path[-1] == "kernel"}
+  return tuple(
+    dataclasses.replace(layer, feeds_logits=layer.kernel_shape is None or layer.name in feeding)
+    for layer in found.values()
+  )
 
 
 def _repeats(variables: Any, module: nn.Module, kernel: Any) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from kwjax.errors import KwjaxError, WeightsError
+from kwjax.modules import OutputPath, evaluation_arguments, hashable_module, output_path, select_logits
 from kwjax.network_files import (
   DESCRIPTION_FILE,
   FORMAT,
@@ -33,27 +33,12 @@ Variables = Mapping[str, Any]
 ApplyFn = Callable[[Variables, Array], tuple[Array, Variables]]
 """`(variables, images f32[b,h,w,c] in [0,1]) -> (logits f32[b,k], mutated variables)`; what every wrapper takes and returns."""
 
-# Evaluation mode under the names in use for a module's mode argument; BatchNorm's own mode is set by kwjax.batchnorm.
-_EVALUATION_ARGUMENTS = {
-  "train": False,
-  "training": False,
-  "is_training": False,
-  "deterministic": True,
-  "use_running_average": True,
-}
-
 
 class FrozenInfo(dict):
   """A JSON-able dict that can be hashed, so that a `Network` may be an argument of a jitted function."""
 
   def __hash__(self) -> int:  # type: ignore[override]
     return hash(json.dumps(self, sort_keys=True, default=str))
-
-
-def evaluation_arguments(module: nn.Module) -> dict[str, bool]:
-  """Keyword arguments that put a module's `__call__` in evaluation mode, read off its signature (`train=False`, ...)."""
-  parameters = inspect.signature(type(module).__call__).parameters
-  return {name: value for name, value in _EVALUATION_ARGUMENTS.items() if name in parameters}
 
 
 @jax.tree_util.register_pytree_node_class
@@ -64,7 +49,8 @@ class Network:
   Always: the module sees `(images - input_mean) / input_std`.
 
   Attributes:
-    module: any Flax Linen module; `__call__(x f32[b,h,w,c], ...) -> logits f32[b,k]`.
+    module: any Flax Linen module; `__call__(x f32[b,h,w,c], ...) -> logits f32[b,k]`. Lists among its attributes become
+      tuples.
     variables: `{"params": ..., "batch_stats": ...}`.
     image_shape: `(h, w, c)` of one image.
     input_mean: per channel mean of the training data, in [0, 1] pixel units, length c.
@@ -74,6 +60,8 @@ class Network:
     model_options: keyword arguments of `get_model` that rebuild the module.
     call_options: keyword arguments of every call; by default those that select evaluation mode.
     source: where the weights came from (file, hash, URL).
+    output: for a module that returns more than logits: the key of a dict or the index of a tuple that they are, or a
+      sequence of those for nested outputs. Layers that lead to other outputs alone are not quantized.
   """
 
   module: nn.Module
@@ -87,6 +75,7 @@ class Network:
   model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   call_options: Mapping[str, Any] | None = None
   source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  output: OutputPath | str | int | None = None
 
   def __post_init__(self) -> None:
     shape = tuple(int(n) for n in self.image_shape)
@@ -101,12 +90,14 @@ class Network:
       raise KwjaxError(f"input_mean must be finite and input_std positive, found {mean} and {std}")
     options = evaluation_arguments(self.module) if self.call_options is None else self.call_options
     for field, value in (
+      ("module", hashable_module(self.module)),
       ("image_shape", shape),
       ("input_mean", mean),
       ("input_std", std),
       ("model_options", FrozenInfo(self.model_options)),
       ("call_options", FrozenInfo(options)),
       ("source", FrozenInfo(self.source)),
+      ("output", output_path(self.output)),
     ):
       object.__setattr__(self, field, value)
 
@@ -126,16 +117,18 @@ class Network:
     return network
 
   def forward(self, variables: Variables, images: Array) -> tuple[Array, Variables]:
-    """The `ApplyFn` that wrappers build on: logits and whatever interceptors left in `batch_stats`."""
+    """The `ApplyFn` that wrappers build on: logits f32[b,k] and whatever interceptors left in `batch_stats`.
+
+    Args:
+      variables: as `self.variables`, or others of the same structure.
+      images: f32[b,h,w,c] in [0,1].
+    """
     mean, std = jnp.asarray(self.input_mean, images.dtype), jnp.asarray(self.input_std, images.dtype)
     options = dict(self.call_options or {})
-    logits, mutated = self.module.apply(variables, (images - mean) / std, mutable=["batch_stats"], **options)
-    if not isinstance(logits, jax.Array) or logits.ndim != 2:
-      found = f"shape {logits.shape}" if isinstance(logits, jax.Array) else f"a {type(logits).__name__}"
-      raise KwjaxError(f"network {self.name} must return logits of shape (batch, classes), it returned {found}")
-    return logits, mutated
+    returned, mutated = self.module.apply(variables, (images - mean) / std, mutable=["batch_stats"], **options)
+    return select_logits(returned, output_path(self.output), self.name), mutated
 
-  def apply(self, images: Array) -> Array:
+  def apply(self, images: Array | np.ndarray) -> Array:
     """Logits f32[b,k] of images f32[b,h,w,c] in [0,1], in evaluation mode.
 
     Raises:
@@ -144,7 +137,7 @@ class Network:
     from kwjax.intercept import layers
 
     layers(self)
-    return self.forward(self.variables, images)[0]
+    return self.forward(self.variables, jnp.asarray(images))[0]
 
   def replace(self, **changes: Any) -> Network:
     """A copy with some fields changed."""
@@ -226,6 +219,7 @@ def save_network(network: Network, folder: str | pathlib.Path) -> None:
     "input_std": list(network.input_std),
     "source": dict(network.source),
     "weights_sha256": hashlib.sha256(payload).hexdigest(),
+    **({} if network.output is None else {"output": list(output_path(network.output) or ())}),
   }
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -276,6 +270,7 @@ def load_network(folder: str | pathlib.Path, *, module: nn.Module | None = None)
       model_options=options,
       call_options=description.get("call_options"),
       source=description.get("source") or {},
+      output=description.get("output"),
     )
   except KwjaxError as error:
     raise WeightsError(f"{where}: {error}") from error

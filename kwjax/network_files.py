@@ -20,7 +20,7 @@ DESCRIPTION_FILE = "network.json"
 FORMAT = 1
 
 _REQUIRED = ("image_shape", "input_mean", "input_std")
-_KNOWN = {"format", "name", "arch", "model_options", "call_options", "source", "weights_sha256", *_REQUIRED}
+_KNOWN = {"format", "name", "arch", "model_options", "call_options", "source", "output", "weights_sha256", *_REQUIRED}
 _LARGEST_OPTION = 1000
 
 

@@ -100,7 +100,17 @@ def jkl_curve(
     axes.plot(x, np.where(good, y, np.nan), color=colour_of(i), label=plain_text(name), marker=marker, linewidth=1.6)
     if good.any():
       last = np.flatnonzero(good)[-1]
-      axes.annotate(f"{y[last]:.3g}", (x[last], y[last]), (4, 0), textcoords="offset points", va="center", fontsize=8)
+      # On white: a reference line at the same height would strike the number out.
+      white = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+      axes.annotate(
+        f"{y[last]:.3g}",
+        (x[last], y[last]),
+        (4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        bbox=white,
+      )
   if not drawn:
     raise KwjaxError(f"jkl_curve: no positive, finite value in {sorted(curves)}")
   for name, value in (references or {}).items():

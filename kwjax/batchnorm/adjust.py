@@ -106,7 +106,8 @@ def adjust_statistics(
     batch = np.asarray(images[start:end], np.float32)
     for layer, moments in jax.device_get(group.first(_compiled(group)(placed, group.shard(batch)))).items():
       pooled[layer] = merge(pooled.get(layer), moments, end - start)
-  return with_statistics(network, {name: Moments(found.mean, found.var) for name, found in pooled.items()})
+  found = {name: Moments(jnp.asarray(p.mean), jnp.asarray(p.var)) for name, p in pooled.items()}
+  return with_statistics(network, found)
 
 
 def with_statistics(network: Network, moments: dict[str, Moments]) -> Network:

@@ -113,6 +113,22 @@ def _build_table() -> dict[str, tuple[ModelInfo, Builder]]:
 
 
 _TABLE = _build_table()
+_BUILT_IN = frozenset(_TABLE)
+
+
+def register_model(info: ModelInfo, builder: Builder) -> None:
+  """Make a network of your own known by its name in this process: to `get_model`, `load_network` and the experiments.
+
+  Args:
+    info: what its weights expect and give; the name in lower case, with "_" and not "-".
+    builder: `(num_classes=int) -> module`, such as the class of the module.
+
+  Raises:
+    KwjaxError: the name is in another form, or that of a network of kwjax.
+  """
+  if info.name in _BUILT_IN or info.name != _normal(info.name):
+    raise KwjaxError(f"a model of your own needs a new name like 'my_net', found {info.name!r}")
+  _TABLE[info.name] = (info, builder)
 
 
 def known_models() -> tuple[str, ...]:
@@ -120,8 +136,12 @@ def known_models() -> tuple[str, ...]:
   return tuple(_TABLE)
 
 
+def _normal(name: str) -> str:
+  return name.strip().lower().replace("-", "_")
+
+
 def _entry(name: str) -> tuple[ModelInfo, Builder]:
-  key = name.strip().lower().replace("-", "_")
+  key = _normal(name)
   if key not in _TABLE:
     raise KwjaxError(f"unknown model {name!r}; the known ones are {', '.join(_TABLE)}")
   return _TABLE[key]

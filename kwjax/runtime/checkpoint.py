@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from kwjax.errors import CheckpointError
 from kwjax.runtime.files import (
@@ -101,6 +100,8 @@ class Checkpoints:
         shutil.rmtree(entry)
     except OSError as error:
       raise CheckpointError(f"cannot keep checkpoints in {self.folder}: {error.strerror}") from error
+    import orbax.checkpoint as ocp  # here and below, and not above: it takes longer to import than Flax
+
     # Without this, Orbax would wait for the other processes of the run at every call.
     alone = ocp.options.MultiprocessingOptions(
       primary_host=jax.process_index(),
@@ -167,6 +168,8 @@ class Checkpoints:
         for name, leaf, array in zip(names, leaves, arrays)
       ],
     }
+    import orbax.checkpoint as ocp
+
     text = canonical_json(body)
     # Orbax refuses arrays without elements; dtype and shape in the metadata say all there is to say about them.
     stored = {storage_key(i): array for i, array in enumerate(arrays) if array.size}
@@ -242,6 +245,8 @@ class Checkpoints:
       self._manager.delete(later)
 
   def _metadata(self, step: int) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
     try:
       with _without_log():
         found = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
@@ -254,6 +259,8 @@ class Checkpoints:
     return json.loads(text)
 
   def _arrays(self, step: int, leaves: list[dict[str, Any]]) -> list[np.ndarray]:
+    import orbax.checkpoint as ocp
+
     try:
       with _without_log():
         found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state

@@ -30,7 +30,13 @@ class Classifier(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-  """Fractions in [0, 1] of `count` images whose label is the first, or among the first five, of the logits."""
+  """How often a network is right on labelled images.
+
+  Attributes:
+    top1: fraction in [0, 1] of images whose label has the largest logit.
+    top5: fraction in [0, 1] of images whose label is among the five largest; None for at most five classes.
+    count: number of images.
+  """
 
   top1: float
   top5: float | None

@@ -18,6 +18,9 @@ import numpy as np
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike, atomic_write, write_json
 from kwjax.runtime.report_html import render
+from kwjax.runtime.report_parts import Picture as Picture
+from kwjax.runtime.report_parts import Shown, tile_png
+from kwjax.runtime.report_parts import Tile as Tile
 
 # Keys that every report has, whatever the experiment; a mapping lists the keys inside.
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -72,7 +75,8 @@ def complete(report: Mapping[str, Any]) -> dict[str, Any]:
   Args:
     report: any of `network`, `protocol`, `seed`, `float` {top1, count}, `jkl` {start, final, per_layer}, `synthesis`
       {images, steps, seconds, images_per_minute}, `calibrated` and `distilled` {bits: {data: {top1, std, seeds}}},
-      `agreement`, `versions`, `command`, and others.
+      `agreement`, `versions`, `command`, and others, of which the page shows `notes` and `classes` {counts {class:
+      images}, effective, confidence, aimed}, as in `kwjax.analysis.class_balance`.
 
   Returns:
     A new mapping that `json.dumps(allow_nan=False)` accepts.
@@ -102,8 +106,9 @@ def write_report(
   report: Mapping[str, Any],
   workdir: PathLike,
   *,
-  figures: Mapping[str, PathLike] | None = None,
+  figures: Mapping[str, PathLike | Picture] | None = None,
   tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+  images: Sequence[Tile] = (),
   title: str | None = None,
 ) -> pathlib.Path:
   """Writes `report.json` and `report.html` in `workdir`.
@@ -115,21 +120,24 @@ def write_report(
   Args:
     report: see `complete`.
     workdir: the folder; made where there is none.
-    figures: title -> PNG file, in the order in which they are shown.
+    figures: title -> PNG file, or `Picture` with a caption and its place on the page, in the order in which they are shown.
     tables: title -> rows; a row maps column names to values, None meaning not measured.
+    images: some of the images that were made, each with its label.
     title: heading of the page; by default from the network's name.
 
   Returns:
     The path of `report.html`.
 
   Raises:
-    KwjaxError: as `complete`, a figure cannot be read or is not a PNG, or the files cannot be written.
+    KwjaxError: as `complete`, a figure cannot be read or is not a PNG, an image is not [h,w,1 or 3], or the files cannot
+      be written.
   """
   folder = pathlib.Path(workdir)
   full = complete(report)
-  pictures = {name: _png(path) for name, path in (figures or {}).items()}
+  pictures = {name: _shown(found) for name, found in (figures or {}).items()}
+  tiles = [(tile_png(tile), tile.label, len(tile.image)) for tile in images]
   rows = _plain({name: list(table) for name, table in (tables or {}).items()}, "", [])
-  page = render(full, pictures, rows, title or f"kwjax report: {network_name(full)}")
+  page = render(full, pictures, rows, title or f"kwjax report: {network_name(full)}", tiles)
   write_json(folder / "report.json", full)
   return atomic_write(folder / "report.html", page.encode())
 
@@ -180,6 +188,11 @@ def _check_fractions(value: Any, where: str) -> None:
     if key in ("top1", "top5") and item is not None and not (isinstance(item, (int, float)) and 0 <= item <= 1):
       raise KwjaxError(f"report: {where}{key} must be a fraction in [0, 1], found {item!r}")
     _check_fractions(item, f"{where}{key}.")
+
+
+def _shown(found: PathLike | Picture) -> Shown:
+  picture = found if isinstance(found, Picture) else Picture(found)
+  return Shown(_png(picture.path), picture.caption, picture.section)
 
 
 def _png(path: PathLike) -> bytes:

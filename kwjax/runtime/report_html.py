@@ -1,82 +1,97 @@
-"""The report as one HTML page; every text that comes from a run is escaped."""
+"""The report as one HTML page: results first, then how they came about."""
 
 from __future__ import annotations
 
-import base64
-import html
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from kwjax.analysis.class_balance import images_by_count
 from kwjax.runtime.evaluate import wilson_interval
+from kwjax.runtime.report_parts import (
+  POLICY,
+  STYLE,
+  Shown,
+  anchor,
+  bars,
+  figure,
+  gallery,
+  number,
+  pairs,
+  percent,
+  rows,
+  section,
+  text,
+)
 
-_MISSING = "not measured"
-_STYLE = """
-:root { color-scheme: light dark; --line: #d5d9de; --soft: #f3f5f7; --dim: #5d6670; --ink: #16191d; --page: #fff }
-@media (prefers-color-scheme: dark) {
-  :root { --line: #3a4048; --soft: #1e2227; --dim: #9aa4af; --ink: #e6e9ec; --page: #121417 }
+_LISTED_CLASSES = 40
+_SETS = {"held_out": "held-out", "eval": "evaluation"}
+_OWN = ("accuracy", "jkl")
+_LINKS = {
+  "Agreement with the float network": "Agreement",
+  "Classes of the images": "Classes",
+  "Similarity to the training data (J_KL)": "Similarity",
+  "Cost of the synthesis": "Cost",
 }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1rem; max-width: 60rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--page) }
-h1 { font-size: 1.5rem; line-height: 1.25; overflow-wrap: anywhere }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-.summary { font-size: 1.1rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
-th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-.wide th, .wide td { white-space: nowrap }
-.pairs td { overflow-wrap: anywhere }
-thead th { color: var(--dim); font-weight: 600 }
-tbody th { font-weight: 500 }
-.missing { color: var(--dim); font-style: italic }
-figure { margin: 1rem 0 }
-figure img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px }
-figcaption { color: var(--dim); font-size: .9rem }
-pre { background: var(--soft); padding: .7rem; border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere }
-"""
 
 
 def render(
   report: Mapping[str, Any],
-  figures: Mapping[str, bytes],
+  figures: Mapping[str, Shown],
   tables: Mapping[str, Sequence[Mapping[str, Any]]],
   title: str,
+  images: Sequence[tuple[bytes, str, int]] = (),
 ) -> str:
   """The whole page.
 
   Args:
     report: as `kwjax.runtime.report.complete` returns it.
-    figures: title -> PNG bytes.
+    figures: title -> picture.
     tables: title -> rows of column name -> value.
     title: heading of the page.
+    images: (PNG, label, height in pixels) of some of the images that were made.
 
   Returns:
     HTML text with everything inside.
   """
-  sections = [
-    f'<h1>{_text(title)}</h1>\n<p class="summary">{_text(summary(report))}</p>',
-    *(_section(name, _rows(rows)) for name, rows in tables.items()),
-    _section("Protocol", _pairs({"seed": report["seed"], **_as_mapping(report["protocol"])})),
-    _section("Accuracy", _results(report)),
-    _section("Agreement with the float network", _agreement(report)),
-    _section("Similarity to the training data (J_KL, nats)", _jkl(report)),
-    _figures(figures),
-    _section("Cost of the synthesis", _pairs(_as_mapping(report["synthesis"]))),
-    _section("Versions", _pairs(_as_mapping(report["versions"]))),
-    _section("Command", _command(report["command"])),
-  ]
-  if report.get("notes"):
-    sections.append(
-      _section("Notes", "<ul>" + "".join(f"<li>{_text(note)}</li>" for note in report["notes"]) + "</ul>")
-    )
+  own = {name: "".join(figure(key, shown) for key, shown in figures.items() if shown.section == name) for name in _OWN}
+  others = "\n".join(figure(key, shown) for key, shown in figures.items() if shown.section not in _OWN)
+  notes = "".join(f"<li>{text(note)}</li>" for note in report.get("notes") or ())
+  candidates = {
+    # The heading of the page need not stand above its only table once more.
+    **{"Table" if name == title else name: rows(found) for name, found in tables.items()},
+    "Accuracy": _results(report) + own["accuracy"],
+    "Agreement with the float network": _agreement(report),
+    "Notes": f"<ul>{notes}</ul>" if notes else "",
+    "Images": _images(report, images),
+    "Classes of the images": _classes(report),
+    "Similarity to the training data (J_KL)": _jkl(report) + own["jkl"],
+    "Figures": others,
+    "Cost of the synthesis": pairs(report["synthesis"]) if report["synthesis"] else "",
+    "Protocol": pairs({"seed": report["seed"], **_as_mapping(report["protocol"])}),
+    "Command": f"<pre>{text(report['command'])}</pre>" if report["command"] is not None else "",
+    "Versions": pairs(_as_mapping(report["versions"])) if report["versions"] else "",
+  }
+  always = ("Notes", "Figures", "Images", "Classes of the images")
+  absent = [name for name, body in candidates.items() if not body and name not in always]
+  if absent:
+    candidates["Not measured"] = f'<p class="missing">Not measured in this run: {text("; ".join(absent))}.</p>'
+  sections = {name: body for name, body in candidates.items() if body}
+  links = "\n".join(f'<a href="#{anchor(name)}">{text(_short(name))}</a>' for name in sections)
+  head = f'<h1>{text(title)}</h1>\n<p class="summary">{text(summary(report))}</p>\n<nav aria-label="Sections">\n{links}</nav>'
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-    + "\n".join(section for section in sections if section)
+    f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+    + "\n".join([head, *(section(name, body) for name, body in sections.items())])
     + "\n</body>\n</html>\n"
   )
+
+
+def _short(name: str) -> str:
+  """A heading as a link; cut where it is a sentence."""
+  name = _LINKS.get(name, name)
+  return name if len(name) <= 40 else name[:39].rstrip(" ,;:") + "…"
 
 
 def summary(report: Mapping[str, Any]) -> str:
@@ -85,26 +100,26 @@ def summary(report: Mapping[str, Any]) -> str:
   floating = report["float"] or {}
   if floating.get("top1") is not None:
     count = f" on {floating['count']:,} images" if floating.get("count") else ""
-    parts.append(f"the float network has {_percent(floating['top1'])} top-1{count}")
+    parts.append(f"the float network has {percent(floating['top1'])} top-1{count}")
   for stage in ("calibrated", "distilled"):
     last = [(bits, data, result["top1"]) for bits, data, result in _leaves(report[stage]) if result["top1"] is not None]
     if last:
       bits = last[-1][0]
       data, best = max(((d, v) for b, d, v in last if b == bits), key=lambda item: item[1])
-      parts.append(f"{bits} {stage} with {data} images has {_percent(best)}")
+      parts.append(f"{bits} {stage} with {data} images has {percent(best)}")
   if floating.get("top1") is None and (agreeing := _held_out_agreement(report["agreement"])):
     parts.append(f"the copies agree with the float network on held-out images: {', '.join(agreeing)}")
   jkl = report["jkl"] or {}
   if jkl.get("start") is not None and jkl.get("final") is not None:
-    parts.append(f"J_KL of the synthesised images went from {_number(jkl['start'])} to {_number(jkl['final'])}")
+    parts.append(f"J_KL of the synthesised images went from {number(jkl['start'])} to {number(jkl['final'])}")
   synthesis = report["synthesis"] or {}
   if synthesis.get("images") is not None:
-    seconds = f" in {_number(synthesis['seconds'])} s" if synthesis.get("seconds") is not None else ""
+    seconds = f" in {number(synthesis['seconds'])} s" if synthesis.get("seconds") is not None else ""
     parts.append(f"{synthesis['images']:,} images were made{seconds}")
   if not parts:
     return "Nothing was measured."
-  text = "; ".join(parts) + "."
-  return text[0].upper() + text[1:]
+  sentence = "; ".join(parts) + "."
+  return sentence[0].upper() + sentence[1:]
 
 
 def _held_out_agreement(tree: Any) -> list[str]:
@@ -114,36 +129,39 @@ def _held_out_agreement(tree: Any) -> list[str]:
     sets = next(iter(row.values()), None) if isinstance(row, Mapping) else None
     held_out = sets.get("held_out") if isinstance(sets, Mapping) else None
     if isinstance(held_out, Mapping) and held_out.get("top1") is not None:
-      found.append(f"{copy} {_percent(held_out['top1'])}")
+      found.append(f"{copy} {percent(held_out['top1'])}")
   return found
 
 
 def _results(report: Mapping[str, Any]) -> str:
   floating = _as_mapping(report["float"])
   count = floating.get("count")
-  rows = [_result_row("float", "", floating, count)]
+  found = [_result_row("float", "", floating, count)]
   for stage in ("calibrated", "distilled"):
     leaves = list(_leaves(report[stage]))
-    rows += [_result_row(f"{bits}, {stage}", data, result, count) for bits, data, result in leaves]
+    found += [_result_row(f"{bits}, {stage}", data, result, count) for bits, data, result in leaves]
     if not leaves:
-      rows.append({"network": stage, "data": "", "top-1": None, "95 % interval": "", "std": "", "seeds": ""})
-  return _rows(rows)
+      found.append({"network": stage, "data": "", "top-1": None, "95 % interval": "", "std": "", "seeds": ""})
+  return rows(found)
 
 
 def _result_row(network: str, data: str, result: Mapping[str, Any], count: int | None) -> dict[str, Any]:
   top1, trials = result.get("top1"), result.get("count") or count
-  interval = None
-  if top1 is not None and trials:
-    interval = "{:.1f} to {:.1f} %".format(*(100 * end for end in wilson_interval(top1 * trials, trials)))
   std, seeds = result.get("std"), result.get("seeds")
   return {
     "network": network,
     "data": data,
-    "top-1": None if top1 is None else _percent(top1),
-    "95 % interval": interval or ("" if top1 is None else "number of images unknown"),
+    "top-1": None if top1 is None else percent(top1),
+    "95 % interval": "" if top1 is None else _interval(top1, trials) or "number of images unknown",
     "std": "" if std is None else f"{100 * std:.2f} points",
     "seeds": "" if seeds is None else len(seeds) if isinstance(seeds, list) else seeds,
   }
+
+
+def _interval(fraction: float, trials: int | None) -> str:
+  if not trials:
+    return ""
+  return "{:.1f} to {:.1f} %".format(*(100 * end for end in wilson_interval(fraction * trials, trials)))
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -158,22 +176,28 @@ def _agreement(report: Mapping[str, Any]) -> str:
   tree = report["agreement"]
 
   def walk(value: Any, path: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    names = dict(zip(("network", "data", "on"), (*path[:2], ", ".join(_SETS.get(p, p) for p in path[2:]), "", "")))
     if not isinstance(value, Mapping):
-      yield {"network": ", ".join(path), "value": value}
+      yield {**names, "value": value}
     elif "top1" in value:
-      where = ".".join(("agreement", *path))
+      where, top1 = ".".join(("agreement", *path)), value["top1"]
       yield {
-        "network": ", ".join(path),
-        "same top-1": None if value["top1"] is None else _percent(value["top1"]),
+        **names,
+        "same top-1": None if top1 is None else percent(top1),
+        "95 % interval": "" if top1 is None else _interval(top1, value.get("count")),
         "KL (nats)": _finite(report, f"{where}.kl", value.get("kl")),
         "SQNR (dB)": _finite(report, f"{where}.sqnr_db", value.get("sqnr_db")),
         "images": value.get("count"),
       }
     else:
       for key, item in value.items():
-        yield from walk(item, (*path, key))
+        yield from walk(item, (*path, str(key)))
 
-  return _rows(list(walk(tree, ()))) if tree else _text(None)
+  lead = (
+    '<p class="dim">How often a copy gives the same answer, on synthetic images that were held out and on the images of '
+    "the evaluation, if there were some.</p>\n"
+  )
+  return lead + rows(list(walk(tree, ()))) if tree else ""
 
 
 def _finite(report: Mapping[str, Any], where: str, value: Any) -> Any:
@@ -183,73 +207,61 @@ def _finite(report: Mapping[str, Any], where: str, value: Any) -> Any:
   return notes[0].removeprefix(prefix).partition(",")[0] if value is None and notes else value
 
 
+def _images(report: Mapping[str, Any], images: Sequence[tuple[bytes, str, int]]) -> str:
+  if not images:
+    return ""
+  made = (report["synthesis"] or {}).get("images")
+  of = f" of the {made:,}" if isinstance(made, int) else ""
+  labelled = ", each with what the float network says it shows" if any(label for _, label, _ in images) else ""
+  return f'<p class="dim">The first {len(images)}{of} images that were made{labelled}.</p>\n{gallery(images)}'
+
+
+def _classes(report: Mapping[str, Any]) -> str:
+  """Counts per class; of very many classes the most frequent ones and how many have none, one, two, ... images."""
+  found = report.get("classes")
+  if not isinstance(found, Mapping) or not isinstance(found.get("counts"), Mapping) or not found["counts"]:
+    return ""
+  counts: Mapping[str, int] = found["counts"]
+  images, seen = sum(counts.values()), sum(count > 0 for count in counts.values())
+  says = [f"The float network puts the {images:,} images into {seen:,} of its {len(counts):,} classes"]
+  if found.get("effective") is not None:
+    says.append(f"as evenly as {found['effective']:.1f} equally frequent classes would be")
+  if found.get("confidence") is not None:
+    says.append(f"with a mean probability of {percent(found['confidence'])} for its answer")
+  if found.get("aimed") is not None:
+    says.append(f"{percent(found['aimed'])} of them are what they were made to be")
+  lead = f"<p>{text(', '.join(says))}.</p>\n"
+  if len(counts) <= _LISTED_CLASSES:
+    return lead + bars(counts)
+  most = dict(sorted(counts.items(), key=lambda item: -item[1])[:10])
+  shape = images_by_count(counts)
+  return (
+    f"{lead}<p class='dim'>The most frequent classes:</p>\n{bars(most)}\n"
+    f"<p class='dim'>Classes by how many images they have:</p>\n{bars(shape)}"
+  )
+
+
 def _jkl(report: Mapping[str, Any]) -> str:
   values = _as_mapping(report["jkl"])
+  if not values:
+    return ""
   layers = values.get("per_layer")
-  pairs = {key: _finite(report, f"jkl.{key}", values.get(key)) for key in ("start", "final")}
+  shown = {key: _finite(report, f"jkl.{key}", values.get(key)) for key in ("start", "final")}
   if isinstance(layers, Mapping):
     numbers = {name: value for name, value in layers.items() if isinstance(value, (int, float))}
     worst = sorted(numbers, key=lambda name: -numbers[name])[:5]
-    pairs |= {f"worst layer: {name}" if i == 0 else name: numbers[name] for i, name in enumerate(worst)}
-  return _pairs(pairs)
-
-
-def _figures(figures: Mapping[str, bytes]) -> str:
-  parts = []
-  for name, data in figures.items():
-    source = "data:image/png;base64," + base64.b64encode(data).decode()
-    parts.append(f'<figure><img alt="{_text(name)}" src="{source}"><figcaption>{_text(name)}</figcaption></figure>')
-  return _section("Figures", "\n".join(parts)) if parts else ""
-
-
-def _command(command: Any) -> str:
-  return f"<pre>{_text(command)}</pre>" if command is not None else _text(None)
+    shown |= {f"worst layer: {name}" if i == 0 else name: numbers[name] for i, name in enumerate(worst)}
+  sets = values.get("sets")
+  compared = [
+    {"images": name, "J_KL (nats)": entry.get("jkl"), "without input": entry.get("without_input")}
+    for name, entry in (sets.items() if isinstance(sets, Mapping) else ())
+    if isinstance(entry, Mapping)
+  ]
+  lead = '<p class="dim">In nats; 0 would be the training data themselves.</p>\n'
+  return lead + pairs(shown) + (rows(compared) if compared else "")
 
 
 def _as_mapping(value: Any) -> dict[str, Any]:
   if value is None:
     return {}
   return dict(value) if isinstance(value, Mapping) else {"value": value}
-
-
-def _section(name: str, body: str) -> str:
-  return f"<h2>{_text(name)}</h2>\n{body}"
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-  if not values:
-    return f"<p>{_text(None)}</p>"
-  rows = "".join(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>\n" for key, value in values.items())
-  return f'<div class="scroll"><table class="pairs"><tbody>\n{rows}</tbody></table></div>'
-
-
-def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
-  if not rows:
-    return f"<p>{_text(None)}</p>"
-  columns = list(dict.fromkeys(column for row in rows for column in row))
-  head = "".join(f"<th>{_text(column)}</th>" for column in columns)
-  body = "".join(
-    "<tr>" + "".join(f"<td>{_text(row.get(column))}</td>" for column in columns) + "</tr>\n" for row in rows
-  )
-  return f'<div class="scroll"><table class="wide"><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
-
-
-def _text(value: Any) -> str:
-  """A value as HTML."""
-  if value is None:
-    return f'<span class="missing">{_MISSING}</span>'
-  if isinstance(value, bool):
-    return "yes" if value else "no"
-  if isinstance(value, float):
-    return _number(value)
-  if isinstance(value, (Mapping, list)):
-    return html.escape(json.dumps(value, ensure_ascii=False))
-  return html.escape(str(value))
-
-
-def _number(value: float) -> str:
-  return f"{value:.4g}"
-
-
-def _percent(fraction: float) -> str:
-  return f"{100 * fraction:.2f} %"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import optax
@@ -52,8 +53,8 @@ class SynthesisConfig:
   def __post_init__(self) -> None:
     for name in ("drops", "betas"):
       object.__setattr__(self, name, tuple(getattr(self, name)))
-    if self.scheme not in SCHEMES:
-      raise KwjaxError(f"unknown scheme {self.scheme!r}; known: {', '.join(SCHEMES)}")
+    if self.scheme not in (*SCHEMES, *OWN_SCHEMES):
+      raise KwjaxError(f"unknown scheme {self.scheme!r}; known: {', '.join((*SCHEMES, *OWN_SCHEMES))}")
     if self.init not in ("randn", "uniform", "dead_leaves"):
       raise KwjaxError(f"unknown init {self.init!r}; known: randn, uniform, dead_leaves")
     if self.labels not in ("random", "balanced"):
@@ -104,12 +105,14 @@ class SynthesisConfig:
     no resizing, which hides noise at the scale of a pixel from the network.
 
     Args:
-      scheme: one of SCHEMES.
+      scheme: one of SCHEMES, or a key of OWN_SCHEMES.
       image_size: shorter side of the images in pixels.
 
     Raises:
       KwjaxError: unknown scheme.
     """
+    if scheme in OWN_SCHEMES:
+      return OWN_SCHEMES[scheme](image_size)
     base = cls.preset(scheme)
     if scheme == "gaussian":
       return base
@@ -159,6 +162,10 @@ class SynthesisConfig:
       duplicates=duplicates,
       labels="random",
     )
+
+
+OWN_SCHEMES: dict[str, Callable[[int], SynthesisConfig]] = {}
+"""Schemes of your own, `{name: function of the shorter side of the images in pixels}`, for `for_network`; see the docs."""
 
 
 def _gentle(image_size: int) -> Augmentation:

@@ -214,7 +214,7 @@ def _edges(
   directions = [_direction(turns) for turns in _corners(kind, draw[4], draw[5:])]
   corners = [(centre_y + radius * sine, centre_x + radius * cosine) for sine, cosine in directions]
   is_disc, nothing = kind == 0, jnp.zeros_like(radius)
-  edges = []
+  edges: list[list[Array]] = []
   for (y0, x0), (y1, x1) in zip(corners, corners[1:] + corners[:1]):
     edge_y, edge_x = y1 - y0, x1 - x0
     line = (nothing, edge_x, -edge_y, edge_y * x0 - edge_x * y0)
@@ -236,7 +236,8 @@ def _corners(kind: Array, turn: Array, free: Sequence[Array]) -> list[Array]:
   half = turn / 4
   rectangle = (half, 0.5 - half, 0.5 + half, 1.0 - half)
   # The first corner stands twice in a triangle: an edge of length zero excludes nothing.
-  triangle, quadrilateral = _sorted(*free[:3], free[0]), _sorted(*free)
+  first, second, third, fourth = free
+  triangle, quadrilateral = _sorted(first, second, third, first), _sorted(first, second, third, fourth)
   found = []
   for i in range(4):
     place = jnp.full_like(turn, (2 * i + 1) / 8)

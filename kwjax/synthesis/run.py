@@ -6,7 +6,7 @@ import functools
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,9 @@ IMAGES, LABELS, NOISE, STEPS = range(4)
 
 _LOG_EVERY = 10
 
+Callback = Callable[[int, Mapping[str, Sequence[float]]], None]
+"""`(batch, {term: its values at the steps done so far})`."""
+
 
 @functools.lru_cache(maxsize=16)
 def compiled_step(config: SynthesisConfig, group: DeviceGroup) -> Callable[..., tuple[SynthesisState, dict[str, Any]]]:
@@ -60,6 +63,7 @@ class Run(NamedTuple):
   folder: pathlib.Path | None
   checkpoint_seconds: float
   should_stop: Callable[[], bool]
+  callback: Callback | None = None
 
   def rows_of(self, index: int) -> range:
     """Which images of a batch this process holds; none where there are fewer images than devices."""
@@ -167,6 +171,8 @@ class Run(NamedTuple):
         for name, value in values.items():
           history.setdefault(name, []).append(float(value))
       pending.clear()
+      if self.callback is not None:
+        self.callback(index, history)
       rate = (done - first) * self.sizes[index] / config.steps / (time.monotonic() - start) * 60
       shown = {"J_KL": f"{history['jkl'][-1]:.4f}"} if "jkl" in history else {"loss": f"{history['loss'][-1]:.4f}"}
       bar.set_postfix(**shown, **{"images/min": f"{rate:.1f}"}, refresh=False)

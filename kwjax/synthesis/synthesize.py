@@ -21,7 +21,7 @@ from kwjax.runtime import processes
 from kwjax.runtime.parallel import DeviceGroup, device_group
 from kwjax.synthesis.config import SynthesisConfig
 from kwjax.synthesis.pixels import initial_images
-from kwjax.synthesis.run import IMAGES, LABELS, Run
+from kwjax.synthesis.run import IMAGES, LABELS, Callback, Run
 from kwjax.synthesis.run import compiled_step as compiled_step
 from kwjax.synthesis.store import ImageStore, Shard
 
@@ -90,6 +90,7 @@ def synthesize(
   progress: bool = False,
   checkpoint_seconds: float = 60.0,
   should_stop: Callable[[], bool] = lambda: False,
+  callback: Callback | None = None,
 ) -> SampleSet:
   """Make images out of a network: Algorithm 1 of Haroush et al. (2020), batch by batch.
 
@@ -111,6 +112,8 @@ def synthesize(
     checkpoint_seconds: least time between two checkpoints of the current batch.
     should_stop: asked between steps (every ten steps where several processes must agree); when true in any process, the
       state is saved and Interrupted is raised in all.
+    callback: called every ten steps and after the last step of a batch with `(batch, {term: values so far})`, the
+      values of a resumed batch from its first step on; not called for batches that were finished before.
 
   Returns:
     SampleSet with images f32[n,h,w,c] in [0,1], labels i32[n], history.
@@ -130,7 +133,7 @@ def synthesize(
   labels = target_labels(config, jax.random.fold_in(key, LABELS), num_images, network.num_classes)
   folder = pathlib.Path(workdir) if workdir is not None else None
   store = ImageStore(folder / "images", settings=settings) if folder else None
-  run = Run(network, config, key, group, sizes, labels, settings, folder, checkpoint_seconds, should_stop)
+  run = Run(network, config, key, group, sizes, labels, settings, folder, checkpoint_seconds, should_stop, callback)
   parts: list[Shard] = []
   with contextlib.ExitStack() as stack:
     if folder is not None:

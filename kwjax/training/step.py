@@ -16,6 +16,7 @@ from kwjax.batchnorm import weigh
 from kwjax.distillation.config import Augment, warmup_cosine
 from kwjax.distillation.step import track_statistics, updated_statistics
 from kwjax.errors import KwjaxError
+from kwjax.modules import evaluation_arguments, hashable_module
 from kwjax.network import Array, Network, Variables
 from kwjax.runtime import parallel
 from kwjax.synthesis.augment import Augmentation, augment
@@ -128,7 +129,8 @@ class TrainState(NamedTuple):
 def initial_variables(module: nn.Module, image_shape: tuple[int, int, int], *, key: Array) -> Variables:
   """Random weights as the module's own initializers draw them, in its evaluation mode."""
   image = jnp.zeros((1, *image_shape), jnp.float32)
-  return jax.jit(module.init)(key, image)
+  options: dict[str, Any] = {**evaluation_arguments(module)}
+  return jax.jit(functools.partial(hashable_module(module).init, **options))(key, image)
 
 
 def initial_state(network: Network, config: TrainConfig) -> TrainState:

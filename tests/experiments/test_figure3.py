@@ -90,9 +90,9 @@ def test_cells_are_filled(
 
   def distill(student: Any, teacher: Any, images: np.ndarray, config: Any, **more: Any) -> Any:
     distilled_on.append((len(images), config.steps))
-    return student
+    return student, []
 
-  monkeypatch.setattr("experiments.stages.distill", distill)  # covered by other tests, and slow to compile
+  monkeypatch.setattr("experiments.stages.distill_with_history", distill)  # covered by other tests, and slow to compile
   given = ["--network", "tiny", "--preset", "smoke", "--devices", "1", "--workdir", str(folder / "run")]
   assert figure3_quality.main([*given, "--columns", "KD"]) == 2
   assert "--eval-data FILE.npz:test" in capsys.readouterr().err

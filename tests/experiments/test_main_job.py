@@ -18,6 +18,7 @@ from kwjax.errors import CheckpointError
 from kwjax.models import get_model, model_info
 from kwjax.network import Network, load_network, save_network
 from kwjax.quantization import load_integer_weights, load_quantized
+from kwjax.runtime.tensorboard import read_events
 from tests.networks import random_network
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ def test_report_has_every_key_and_nothing_invented(finished: pathlib.Path) -> No
 def test_page_is_self_contained_and_pictures_are_there(finished: pathlib.Path) -> None:
   page = (finished / "report.html").read_text()
   assert not re.findall(r"""(?:src|href)=["'](?!data:)[^"'#]""", page)
-  assert page.count("data:image/png") == 4
+  assert page.count("data:image/png") == 3 + 10  # figures, and every image by itself
   assert {p.name for p in (finished / "figures").iterdir()} == {"images.png", "jkl.png", "layers.png", "precision.png"}
 
 
@@ -127,6 +128,7 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(
     (["--real-data", "nowhere.npz"], "nowhere.npz"),
     (["--overrides", "layer9=8w8a"], "layer9"),
     (["--overrides", "layer9"], "PATTERN=BITS"),
+    (["--class-names", "nowhere.txt"], "nowhere.txt cannot be read"),
   ],
 )
 def test_bad_input_is_one_sentence_and_status_2(
@@ -137,6 +139,27 @@ def test_bad_input_is_one_sentence_and_status_2(
   assert len(errors) == 1
   assert message in errors[0]
   assert not (folder / "bad").exists()
+
+
+def test_class_names_and_tensorboard_can_be_had_afterwards(
+  finished: pathlib.Path, folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  names = [f"sort {letter}" for letter in "abcdefghij"]
+  (folder / "names.txt").write_text("\n".join(names) + "\n")
+  more = ["--class-names", str(folder / "names.txt"), "--tensorboard"]
+  assert cifar_bns.main(arguments(folder, "finished", *more)) == 0
+  report = json.loads((finished / "report.json").read_text())
+  assert list(report["classes"]["counts"]) == names
+  assert sum(report["classes"]["counts"].values()) == 10
+  assert "<figcaption>sort " in (finished / "report.html").read_text()
+  events = read_events(finished / "tensorboard")
+  assert sorted(events["synthesis/jkl"]) == sorted(events["synthesis/learning_rate"]) == [1, 2, 3]
+  assert max(events["distillation/loss"]) == 2
+  assert {"run/summary/text_summary", "run/protocol/text_summary", "run/images"} <= events.keys()
+  (folder / "names.txt").write_text("\n".join(names[:9]))
+  assert cifar_bns.main(arguments(folder, "finished", *more)) == 2
+  assert "names.txt has 9 lines, but resnet20 has 10 classes" in capsys.readouterr().err
+  assert cifar_bns.main(arguments(folder, "finished")) == 0
 
 
 def test_other_settings_in_a_used_folder_are_refused(

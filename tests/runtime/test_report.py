@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import html.parser
+import io
 import json
 import math
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -15,7 +17,7 @@ import pytest
 
 from kwjax.errors import KwjaxError
 from kwjax.runtime.evaluate import Accuracy, Agreement, wilson_interval
-from kwjax.runtime.report import command_line, complete, versions, write_report
+from kwjax.runtime.report import Picture, Tile, command_line, complete, versions, write_report
 from kwjax.runtime.report_html import summary
 
 FIXED = [
@@ -117,7 +119,7 @@ def test_the_json_is_strict_and_non_finite_numbers_are_noted(tmp_path: pathlib.P
   ]
   rows = _page(tmp_path).rows
   assert ["start", "nan"] in rows
-  assert ["8w8a", "100.00 %", "0", "inf", "10"] in rows
+  assert ["8w8a", "100.00 %", "72.2 to 100.0 %", "0", "inf", "10"] in rows
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_the_page_shows_the_numbers_with_their_intervals(tmp_path: pathlib.Path)
     "3",
   ] in page.rows
   assert ["distilled", "", "not measured", "", "", ""] in page.rows
-  assert ["4w4a, bns", "91.00 %", "0.08", "14.2", "1017"] in page.rows
+  assert ["4w4a", "bns", "91.00 %", "89.1 to 92.6 %", "0.08", "14.2", "1017"] in page.rows
   assert ["worst layer: bn_b", "0.03"] in page.rows
   assert ["1", "not measured", "not measured"] in page.rows
   assert ["images_per_minute", "not measured"] in page.rows
@@ -167,12 +169,14 @@ def test_an_empty_report_says_that_nothing_was_measured(tmp_path: pathlib.Path) 
   page = _page(tmp_path)
   assert "Nothing was measured." in page.data
   assert not re.search(r"\d\.\d+ %", page.data)
-  assert ["float", "", "not measured", "", "", ""] in page.rows
+  assert ["float", "not measured"] in page.rows
+  absent = "Agreement with the float network; Similarity to the training data (J_KL); Cost of the synthesis; Command"
+  assert f"Not measured in this run: {absent}; Versions." in page.data
 
 
 def test_no_interval_without_a_number_of_images(tmp_path: pathlib.Path) -> None:
   write_report({"float": {"top1": 0.5}}, tmp_path)
-  assert ["float", "", "50.00 %", "number of images unknown", "", ""] in _page(tmp_path).rows
+  assert ["float", "50.00 %", "number of images unknown"] in _page(tmp_path).rows
 
 
 def test_the_page_holds_its_pictures_and_asks_for_nothing(tmp_path: pathlib.Path) -> None:
@@ -182,11 +186,13 @@ def test_the_page_holds_its_pictures_and_asks_for_nothing(tmp_path: pathlib.Path
   assert page.open == []
   assert not {"script", "link", "iframe", "object", "b"} & set(page.tags)
   sources = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action")]
+  sources = [value for value in sources if value is None or not value.startswith("#")]
   assert len(sources) == 1
   assert sources[0] is not None
   assert base64.b64decode(sources[0].removeprefix("data:image/png;base64,")) == (tmp_path / "a.png").read_bytes()
   text = (tmp_path / "report.html").read_text()
-  assert "http" not in text
+  assert "http" not in text.replace("http-equiv", "")
+  assert "default-src 'none'" in text
   assert not re.search(r"url\(|@import", text)
   assert "prefers-color-scheme: dark" in text
   assert 'name="viewport"' in text
@@ -195,7 +201,7 @@ def test_the_page_holds_its_pictures_and_asks_for_nothing(tmp_path: pathlib.Path
 def test_every_text_of_a_run_is_escaped(tmp_path: pathlib.Path) -> None:
   evil = "<script>alert(1)</script>\"'"
   PIL.Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
-  report = {
+  report: dict[str, Any] = {
     "network": {"name": evil},
     "protocol": {evil: {evil: [evil]}},
     "float": {"top1": 0.5, "count": 2},
@@ -207,11 +213,16 @@ def test_every_text_of_a_run_is_escaped(tmp_path: pathlib.Path) -> None:
     "command": evil,
     "notes": [evil],
   }
-  write_report(report, tmp_path, figures={evil: tmp_path / "a.png"}, tables={evil: [{evil: evil}]})
+  report["classes"] = {"counts": {evil: 1}}
+  report["jkl"]["sets"] = {evil: {"jkl": evil}}
+  shown = {"a": Picture(tmp_path / "a.png", evil, evil), evil: tmp_path / "a.png"}
+  write_report(report, tmp_path, figures=shown, tables={evil: [{evil: evil}]}, images=[Tile(np.zeros((2, 2, 1)), evil)])
   page = _page(tmp_path)
   assert "script" not in page.tags
-  assert page.data.count("alert(1)") > 12
-  assert [value for name, value in page.attributes if name == "alt"] == [evil]
+  assert page.data.count("alert(1)") > 18
+  assert sorted(value or "" for name, value in page.attributes if name == "alt") == sorted(
+    [evil, f"a. {evil}", f"image 1: {evil}"]
+  )
 
 
 def test_a_missing_or_foreign_figure_is_named(tmp_path: pathlib.Path) -> None:
@@ -237,3 +248,57 @@ def test_without_labels_the_summary_speaks_of_agreement() -> None:
   agreement = {"8w8a": {"bns": {"held_out": {"top1": 0.975}}}, "4w4a": {"bns": {"held_out": {"top1": 0.5}}}}
   text = summary(complete({"network": "net", "agreement": agreement}))
   assert "agree with the float network on held-out images: 8w8a 97.50 %, 4w4a 50.00 %" in text
+
+
+def test_pictures_stand_in_their_section_with_a_caption(tmp_path: pathlib.Path) -> None:
+  PIL.Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
+  shown = {"Bars": Picture(tmp_path / "a.png", "Higher is better.", "accuracy"), "Rest": tmp_path / "a.png"}
+  write_report(_report(), tmp_path, figures=shown)
+  text = (tmp_path / "report.html").read_text()
+  assert (
+    text.index(">Accuracy</h2>")
+    < text.index("<b>Bars.</b> Higher is better.")
+    < text.index(">Similarity to the")
+    < text.index(">Figures</h2>")
+    < text.index("<figcaption>Rest<")
+  )
+
+
+def test_every_link_of_the_page_leads_to_a_section(tmp_path: pathlib.Path) -> None:
+  write_report({**_report(), "notes": ["a"]}, tmp_path, tables={"Table (1): a & b": [{"a": 1}]})
+  attributes = _page(tmp_path).attributes
+  targets = [(value or "")[1:] for name, value in attributes if name == "href"]
+  assert targets == [value for name, value in attributes if name == "id"]
+  assert targets[0] == "table--1---a---b"
+
+
+def test_images_keep_their_pixels_and_say_what_they_show(tmp_path: pathlib.Path) -> None:
+  image = np.random.default_rng(0).random((4, 5, 3))
+  write_report({"synthesis": {"images": 1200}}, tmp_path, images=[Tile(image, "ship, 93%"), Tile(image * 2 - 0.5)])
+  page = _page(tmp_path)
+  assert "The first 2 of the 1,200 images that were made, each with what the float network says it shows." in page.data
+  assert [value for name, value in page.attributes if name == "alt"] == ["image 1: ship, 93%", "image 2"]
+  sources = [value or "" for name, value in page.attributes if name == "src"]
+  for source, expected in zip(sources, (image, np.clip(image * 2 - 0.5, 0, 1))):
+    with PIL.Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))) as found:
+      np.testing.assert_array_equal(np.asarray(found), np.round(expected * 255).astype(np.uint8))
+  with pytest.raises(KwjaxError, match=r"must be \[h,w,1\] or \[h,w,3\], found \[4, 5, 2\]"):
+    write_report({}, tmp_path, images=[Tile(image[..., :2])])
+
+
+def test_few_classes_are_listed_and_many_are_counted(tmp_path: pathlib.Path) -> None:
+  few = {"cat": 3, "dog": 0, "ship": 1}
+  write_report({"classes": {"counts": few, "effective": 1.75, "confidence": 0.5, "aimed": 0.25}}, tmp_path)
+  page = _page(tmp_path)
+  assert page.rows[-4:-1] == [["cat", "3", ""], ["dog", "0", ""], ["ship", "1", ""]]
+  assert "puts the 4 images into 2 of its 3 classes, as evenly as 1.8 equally frequent classes would be" in page.data
+  assert "25.00 % of them are what they were made to be" in page.data
+  assert [value for name, value in page.attributes if name == "style"] == ["width:100.0%", "width:0.0%", "width:33.3%"]
+
+  many = {f"class {i}": (i < 7) + (i < 2) for i in range(1000)}
+  write_report({"classes": {"counts": many}}, tmp_path)
+  page = _page(tmp_path)
+  assert ["class 0", "2", ""] in page.rows
+  assert page.rows[-4:-1] == [["0 images", "993", ""], ["1 image", "5", ""], ["2 images", "2", ""]]
+  assert len(page.rows) < 20
+  assert page.rows[-1] == ["seed", "not measured"]

@@ -62,10 +62,16 @@ def test_interrupted_anywhere_it_ends_with_the_same_images(tmp_path: pathlib.Pat
     asked += 1
     return asked in (3, 14, 15)
 
+  seen: list[tuple[int, list[float]]] = []
+  more = {"should_stop": stop, "callback": lambda batch, curves: seen.append((batch, [*curves["loss"]]))}
   for _ in range(3):
     with pytest.raises(Interrupted, match="its state is in"):
-      synthesize(network, config(), num_images=12, key=KEY, workdir=tmp_path, checkpoint_seconds=0, should_stop=stop)
-  resumed = synthesize(network, config(), num_images=12, key=KEY, workdir=tmp_path, should_stop=stop)
+      synthesize(network, config(), num_images=12, key=KEY, workdir=tmp_path, checkpoint_seconds=0, **more)
+  resumed = synthesize(network, config(), num_images=12, key=KEY, workdir=tmp_path, **more)
+  # Where a run was stopped, every ten steps, and at the end of a batch; always from the first step on.
+  assert [(batch, len(loss)) for batch, loss in seen] == [(0, 3), (0, 10), (0, 12), (1, 2), (1, 3), (1, 10), (1, 12)]
+  for batch, loss in seen:
+    np.testing.assert_array_equal(np.float32(loss), whole.history["loss"][batch, : len(loss)])
   np.testing.assert_array_equal(resumed.images, whole.images)
   np.testing.assert_array_equal(resumed.history["loss"], whole.history["loss"])
   again = synthesize(network, config(), num_images=12, key=KEY, workdir=tmp_path, should_stop=lambda: True)
