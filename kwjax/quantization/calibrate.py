@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -13,13 +13,16 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kwjax import intercept
-from kwjax.errors import DataError, Interrupted, KwjaxError, NonFiniteError
+from kwjax.errors import DataError, KwjaxError, NonFiniteError
 from kwjax.network import ApplyFn, Array, Network, Variables
+from kwjax.quantization.forwarding import forward_batches
+from kwjax.quantization.histograms import Histogram, merge, observe_histograms
+from kwjax.quantization.range_methods import histogram_ranges
 from kwjax.quantization.ranges import Interval, Ranges, RangeTable
 from kwjax.quantization.rules import QuantRules
+from kwjax.quantization.weight_ranges import WeightClips, weight_clips
 from kwjax.quantization.wrap import quantize_weights
 from kwjax.runtime import processes
-from kwjax.runtime.data import pad_batch
 from kwjax.runtime.parallel import DeviceGroup, device_group
 
 Augment = Callable[[Array, Array], Array]
@@ -55,8 +58,11 @@ def _compiled_extremes(group: DeviceGroup, rules: QuantRules | None) -> Callable
   return group.compile(functools.partial(_extremes, rules=rules))
 
 
-def _extremes(network: Network, images: Array, rules: QuantRules | None, axis_name: str | None) -> dict[str, Interval]:
-  apply = network.forward if rules is None else quantize_weights(network.forward, network, rules)
+def _extremes(
+  placed: tuple[Network, WeightClips], images: Array, rules: QuantRules | None, axis_name: str | None
+) -> dict[str, Interval]:
+  network, clips = placed
+  apply = network.forward if rules is None else quantize_weights(network.forward, network, rules, clips)
   _, mutated = recording_extremes(apply, network)(network.variables, images)
   found = {}
   for layer, calls in intercept.collect(mutated, _EXTREMES).items():
@@ -120,23 +126,19 @@ def observe_ranges(
     Interrupted: `should_stop` said so, in any process.
   """
   check_images(network, images)
-  group, own = device_group(devices).local, processes.share(len(images))
-  size = group.padded(max(min(batch_size, len(own)), 1))
-  placed, forward = group.replicate(network), _compiled_extremes(group, rules)
-  starts = range(own.start, max(own.stop, own.start + 1), size)
-  parts, stopped = [], False
-  shown = progress and processes.is_main()
-  for start in tqdm(starts, desc="calibration", unit="batch", disable=not shown):
-    # The last batch is filled up, so that only one shape is compiled; a process without images forwards filling alone.
-    batch, _, valid = pad_batch(np.asarray(images[start : min(start + size, own.stop)]), None, size)
-    with jax.default_matmul_precision("highest"):
-      found = group.unshard(forward(placed, group.shard(batch)))
-    parts.append({name: tuple(end[valid] for end in ends) for name, ends in found.items()})
-    stopped = processes.stop_is_known(should_stop())
-    if stopped:
-      break
-  if processes.any_stop(stopped):
-    raise Interrupted("stopped while observing activation ranges")
+  group = device_group(devices).local
+  placed = group.replicate((network, {} if rules is None else weight_clips(network, rules)))
+  batches = forward_batches(
+    _compiled_extremes(group, rules),
+    placed,
+    images,
+    group,
+    batch_size=batch_size,
+    words="calibration",
+    progress=progress,
+    should_stop=should_stop,
+  )
+  parts = [{name: tuple(end[valid] for end in ends) for name, ends in found.items()} for found, valid in batches]
   names = [layer.name for layer in intercept.matmul_layers(network)]
   joined = {name: [np.concatenate(ends) for ends in zip(*(p[name] for p in parts), strict=True)] for name in names}
   joined = {name: [processes.gather(end) for end in ends] for name, ends in joined.items()}
@@ -196,9 +198,13 @@ def ranges_from(
     chunk: samples a chunk, a divisor of `batch_size`.
 
   Raises:
-    KwjaxError: the table is empty, or the numbers do not fit together.
+    KwjaxError: the table is empty, the numbers do not fit together, or the rules' ranges need histograms.
   """
   _check_protocol(steps, batch_size, chunk)
+  if rules.needs_histograms:
+    raise KwjaxError(
+      f'range reading {rules.ranges!r} needs histograms, a table of extremes serves "sample" and "chunk"'
+    )
   if table.count == 0:
     raise KwjaxError("the table of ranges holds no image")
   index = draws(key, steps=steps, batch_size=batch_size, count=table.count).reshape(-1)
@@ -229,11 +235,14 @@ def calibrate(
   Without augmentation an image's extremes are the same at every draw: each image is forwarded once, and the draws are
   made on the table of extremes.
 
+  The other readings of `rules.ranges` ("percentile", "mse", "entropy") are made from the distribution of the inputs over all
+  images, in a second pass; without augmentation nothing is drawn, and every image counts alike.
+
   Args:
     network: the float network; BatchNorm runs in evaluation mode.
     images: f32[n,h,w,c] in [0,1], any n >= 1.
-    rules: bits, and how ranges are read.
-    key: randomness of the draws and of the augmentation.
+    rules: bits, and how ranges are read; the range that "mse" and "entropy" give depends on the layer's bits.
+    key: PRNG key of the draws and of the augmentation.
     steps: number of batches.
     batch_size: images a batch.
     chunk: samples a chunk, a divisor of `batch_size`.
@@ -259,14 +268,40 @@ def calibrate(
   observed = rules if observe == "weights" else None
   if augment is None:
     table = observe_ranges(network, images, rules=observed, progress=progress, devices=devices)
-    return ranges_from(table, rules, key=key, steps=steps, batch_size=batch_size, chunk=chunk)
+    if not rules.needs_histograms:
+      return ranges_from(table, rules, key=key, steps=steps, batch_size=batch_size, chunk=chunk)
+    histograms = observe_histograms(network, images, table, rules=observed, progress=progress, devices=devices)
+    return histogram_ranges(histograms, rules.resolve(network), rules.ranges)
   check_images(network, images)
   index = draws(key, steps=steps, batch_size=batch_size, count=len(images))
-  averages = []
   shown = progress and processes.is_main()
-  for step in tqdm(range(steps), desc="calibration", unit="step", disable=not shown):
-    # The draw has used the step's own key.
-    augment_key = jax.random.fold_in(jax.random.fold_in(key, step), 1)
-    batch = augment(augment_key, jnp.asarray(images[index[step]]))
-    averages.append(_average(observe_ranges(network, batch, rules=observed, devices=devices), rules, chunk))
+
+  def batches() -> Iterator[Array]:
+    for step in tqdm(range(steps), desc="calibration", unit="step", disable=not shown):
+      # The draw has used the step's own key.
+      augment_key = jax.random.fold_in(jax.random.fold_in(key, step), 1)
+      yield augment(augment_key, jnp.asarray(images[index[step]]))
+
+  if rules.needs_histograms:
+    histograms = _augmented_histograms(network, batches, observed, devices)
+    return histogram_ranges(histograms, rules.resolve(network), rules.ranges)
+  tables = (observe_ranges(network, batch, rules=observed, devices=devices) for batch in batches())
+  averages = [_average(table, rules, chunk) for table in tables]
   return Ranges({layer: tuple(np.mean([a[layer] for a in averages], axis=0)) for layer in averages[0]})
+
+
+def _augmented_histograms(
+  network: Network, batches: Callable[[], Iterator[Array]], rules: QuantRules | None, devices: Any
+) -> dict[str, Histogram]:
+  """Of all batches together, which are made and forwarded twice: the bins must be known before anything is counted."""
+  extremes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+  for batch in batches():
+    for name, (lo, hi) in observe_ranges(network, batch, rules=rules, devices=devices).items():
+      before = extremes.get(name, (np.inf, -np.inf))
+      extremes[name] = np.minimum(before[0], lo.min(0)), np.maximum(before[1], hi.max(0))
+  table = RangeTable({name: (lo[None], hi[None]) for name, (lo, hi) in extremes.items()})
+  total: dict[str, Histogram] = {}
+  for batch in batches():
+    for name, found in observe_histograms(network, batch, table, rules=rules, devices=devices).items():
+      total[name] = merge(total[name], found) if name in total else found
+  return total

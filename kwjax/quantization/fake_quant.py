@@ -18,11 +18,11 @@ def fake_quant(x: Array, scale: Array | float, zero: Array | float, qmin: Array 
   $\partial Q / \partial x = 1$ where nothing was clipped, else 0; no gradient to the grid. Ties round to even.
 
   Args:
-    x: any shape and float type; the arithmetic is float32 (float64 for float64).
+    x: f32[...], any shape and float type; the arithmetic is float32 (float64 for float64).
     scale: s > 0, distance of two levels in units of x; f32[] or broadcastable to x (one value a channel).
     zero: z, the level of x = 0, real or integer; f32[] or broadcastable to x.
-    qmin: lowest level, a number or a traced array.
-    qmax: highest level, likewise.
+    qmin: lowest level; f32[] or broadcastable to x, a number or a traced array.
+    qmax: highest level, likewise f32[] or broadcastable to x.
 
   Returns:
     Like x.

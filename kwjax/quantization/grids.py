@@ -24,6 +24,18 @@ class Grid(NamedTuple):
   qmax: int
 
 
+class Clip(NamedTuple):
+  """How much of a channel's range its grid leaves out at either end.
+
+  Attributes:
+    lo: share of the range that is cut off below, in [0, 0.5), f32 of the shape of the grid's scale.
+    hi: share that is cut off above, likewise.
+  """
+
+  lo: Array
+  hi: Array
+
+
 def _positive(scale: Array) -> Array:
   """A channel that holds one value only has no extent; a unit scale still represents it, without a division by 0."""
   return jnp.where(scale > _SMALLEST, scale, 1.0)
@@ -75,7 +87,7 @@ midrise: 2^b levels from -max|w| to max|w| without one at zero.
 """
 
 
-def weight_grid(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...]) -> Grid:
+def weight_grid(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...], clip: Clip | None = None) -> Grid:
   """The grid of each output channel of a kernel, from its extreme weights; no gradient flows to it.
 
   Args:
@@ -83,6 +95,7 @@ def weight_grid(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...
     reading: a name in `WEIGHT_READINGS`.
     bits: 2 to 8.
     axes: the axes that belong to one channel, reduced over.
+    clip: shares of the reading's own range that the grid leaves out, so that it follows the weights; default: none.
 
   Returns:
     Grid whose scale (units of the weights) and zero have the kernel's rank, with size 1 along `axes`.
@@ -94,7 +107,21 @@ def weight_grid(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...
     raise RuleError(f"unknown weight reading {reading!r}, known are {', '.join(WEIGHT_READINGS)}")
   weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
   lo, hi = jnp.min(weights, axes, keepdims=True), jnp.max(weights, axes, keepdims=True)
+  if clip is not None:
+    lo, hi = _extent(reading, lo, hi)
+    span = hi - lo
+    lo, hi = lo + clip.lo * span, hi - clip.hi * span
   return WEIGHT_READINGS[reading](lo, hi, bits)
+
+
+def _extent(reading: str, lo: Array, hi: Array) -> tuple[Array, Array]:
+  """The range that a reading's levels reach over, given the extreme weights."""
+  if reading == "affine":
+    return lo, hi
+  if reading == "affine0":
+    return jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
+  largest = jnp.maximum(-lo, hi)
+  return -largest, largest
 
 
 def activation_grid(lo: Array, hi: Array, bits: int) -> Grid:

@@ -14,10 +14,35 @@ from kwjax.network import Network
 from kwjax.quantization.grids import WEIGHT_READINGS
 
 AUTO = "auto"
-RANGE_READINGS = ("sample", "chunk")
-"""sample: the extremes of every sample, averaged. chunk: the extremes over a chunk of samples, averaged over chunks."""
+RANGE_READINGS = ("sample", "chunk", "percentile", "mse", "entropy")
+"""sample: the extremes of every sample, averaged. chunk: the extremes over a chunk of samples, averaged over chunks.
+
+The others are made from the distribution over all images: percentile: what 99.99 % of the values do not exceed
+("percentile:99.9" for another share). mse: least squared error at the layer's bits. entropy: least KL at the layer's bits."""
+WEIGHT_RANGES = ("minmax", "mse")
+"""minmax: the grid reaches over all weights of a channel. mse: over the part of them with the least squared error."""
+_EXTREMES = ("sample", "chunk")
+_PERCENT = 99.99
 
 _FORM = 'expected WEIGHT_BITSwACTIVATION_BITSa with 2 to 8 bits, or 32 for none, such as "4w4a" or "4w32a", or "float"'
+
+
+def histogram_reading(text: str) -> tuple[str, float]:
+  """Method and percentage of a range reading that histograms serve: "percentile:99.9" is ("percentile", 99.9).
+
+  Raises:
+    RuleError: it is none of those.
+  """
+  method, separator, number = text.partition(":") if isinstance(text, str) else ("", "", "")
+  if method not in RANGE_READINGS or method in _EXTREMES or (separator and method != "percentile"):
+    raise RuleError(f"unknown range reading {text!r}, known are {', '.join(RANGE_READINGS)}")
+  try:
+    percent = float(number) if separator else _PERCENT
+  except ValueError:
+    percent = 0.0
+  if not 50 < percent <= 100:
+    raise RuleError(f"range reading {text!r} needs a percentage above 50 and up to 100, such as percentile:99.9")
+  return method, percent
 
 
 class Bits(NamedTuple):
@@ -66,7 +91,8 @@ class QuantRules:
     overrides: pairs of a pattern and bits; a pattern is a layer path, a regular expression that matches a whole path,
       "1x1", "first" or "last".
     weights: reading of weight bits, a name in `WEIGHT_READINGS`, or "auto": affine from 4 bits, symfull at 2 and 3.
-    ranges: reading of activation ranges, "sample" or "chunk".
+    ranges: reading of activation ranges, a name in `RANGE_READINGS`.
+    weights_range: "minmax" or "mse", see `WEIGHT_RANGES`.
   """
 
   bits: Bits
@@ -74,14 +100,17 @@ class QuantRules:
   overrides: tuple[tuple[str, Bits], ...] = ()
   weights: str = AUTO
   ranges: str = "sample"
+  weights_range: str = "minmax"
 
   def __post_init__(self) -> None:
     for kind, value, known in (
       ("weight reading", self.weights, (AUTO, *WEIGHT_READINGS)),
-      ("range reading", self.ranges, RANGE_READINGS),
+      ("weight range", self.weights_range, WEIGHT_RANGES),
     ):
       if value not in known:
         raise RuleError(f"unknown {kind} {value!r}, known are {', '.join(known)}")
+    if self.ranges not in _EXTREMES:
+      histogram_reading(self.ranges)
     for pattern, _ in self.overrides:
       try:
         re.compile(pattern)
@@ -97,6 +126,7 @@ class QuantRules:
     overrides: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     weights: str = AUTO,
     ranges: str = "sample",
+    weights_range: str = "minmax",
   ) -> QuantRules:
     """Read rules from text: `parse("4w4a", first_last="8w8a", overrides={"layer3_.*": "8w8a", "1x1": "8w8a"})`.
 
@@ -105,7 +135,8 @@ class QuantRules:
       first_last: the same, for the first convolution and the last layer.
       overrides: `{path, regular expression, "1x1", "first" or "last": bits}`; the first that matches a layer wins.
       weights: "auto", "affine", "affine0", "sym", "symfull" or "midrise".
-      ranges: "sample" or "chunk".
+      ranges: "sample", "chunk", "percentile" or "percentile:99.9", "mse" or "entropy".
+      weights_range: "minmax" or "mse".
 
     Raises:
       RuleError: naming the text and the expected form.
@@ -117,7 +148,13 @@ class QuantRules:
       overrides=tuple((pattern, Bits.parse(text)) for pattern, text in pairs),
       weights=weights,
       ranges=ranges,
+      weights_range=weights_range,
     )
+
+  @property
+  def needs_histograms(self) -> bool:
+    """Whether activation ranges are made from distributions, not from the extremes of each image."""
+    return self.ranges not in _EXTREMES
 
   def reading(self, weight_bits: int | None) -> str | None:
     """Name in `WEIGHT_READINGS` that `weight_bits` bits are read by; None for float weights."""
@@ -162,18 +199,22 @@ class QuantRules:
       parts.append(f"weights {next(iter(readings.values()))}")
     elif readings:
       parts.append("weights " + " and ".join(f"{readings[b]} at {b} bit" for b in sorted(readings)))
+    if readings and self.weights_range != "minmax":
+      parts.append(f"weight ranges {self.weights_range}")
     if any(bits.activations is not None for bits in every):
       parts.append(f"ranges {self.ranges}")
     return ", ".join(parts)
 
   def to_json(self) -> dict[str, Any]:
-    """A JSON-able dict that `from_json` reads."""
+    """A JSON-able dict that `from_json` reads; the default range of the weights is left out, as it was in older files."""
+    optional = {} if self.weights_range == "minmax" else {"weights_range": self.weights_range}
     return {
       "bits": str(self.bits),
       "first_last": None if self.first_last is None else str(self.first_last),
       "overrides": [[pattern, str(bits)] for pattern, bits in self.overrides],
       "weights": self.weights,
       "ranges": self.ranges,
+      **optional,
     }
 
   @classmethod
@@ -183,8 +224,8 @@ class QuantRules:
     Raises:
       RuleError: the value has other keys, or bad ones.
     """
-    expected = [field.name for field in dataclasses.fields(cls)]
-    if not isinstance(value, Mapping) or sorted(value) != sorted(expected):
+    expected = [field.name for field in dataclasses.fields(cls) if field.name != "weights_range"]
+    if not isinstance(value, Mapping) or sorted(set(value) - {"weights_range"}) != sorted(expected):
       found = sorted(value) if isinstance(value, Mapping) else type(value).__name__
       raise RuleError(f"quantization rules need exactly the keys {expected}, found {found}")
     overrides = value["overrides"]
@@ -196,6 +237,7 @@ class QuantRules:
       overrides=[(pattern, bits) for pattern, bits in overrides],
       weights=value["weights"],
       ranges=value["ranges"],
+      weights_range=value.get("weights_range", "minmax"),
     )
 
 

@@ -14,13 +14,16 @@ import safetensors.numpy
 
 from kwjax.errors import KwjaxError, RuleError, WeightsError
 from kwjax.network import DESCRIPTION_FILE, WEIGHTS_FILE, load_network, save_network
+from kwjax.quantization.grids import Clip
 from kwjax.quantization.integer import QTensor, representable_weights
 from kwjax.quantization.ranges import Ranges
 from kwjax.quantization.rules import QuantRules
+from kwjax.quantization.weight_ranges import WeightClips
 from kwjax.quantization.wrap import QuantizedNetwork, quantize
 
 QUANTIZATION_FILE = "quantization.json"
 INTEGER_FILE = "integer.safetensors"
+CLIPS_FILE = "weight_clips.safetensors"
 FORMAT = 1
 
 
@@ -28,7 +31,8 @@ def save_quantized(quantized: QuantizedNetwork, folder: str | pathlib.Path) -> N
   """Write the float network, `quantization.json` and, for layers whose levels are integers, `integer.safetensors`.
 
   `quantization.json` is written last and holds the checksums of the others, so an interrupted save is found out.
-  The integer file holds `LAYER/q` i8, `LAYER/scale` f32, `LAYER/zero` i32, value = (q - zero) * scale.
+  The integer file holds `LAYER/q` i8, `LAYER/scale` f32, `LAYER/zero` i32, value = (q - zero) * scale. Where weight ranges
+  are not the whole ones, `weight_clips.safetensors` holds the shares that are left out, `LAYER/lo` and `LAYER/hi` f32.
 
   Raises:
     KwjaxError: the folder cannot be written.
@@ -50,12 +54,16 @@ def save_quantized(quantized: QuantizedNetwork, folder: str | pathlib.Path) -> N
     "weights_sha256": sha256_file(folder / WEIGHTS_FILE),
     "integer_sha256": None,
   }
-  if integers:
-    payload = safetensors.numpy.save(integers)
-    content["integer_sha256"] = hashlib.sha256(payload).hexdigest()
-    atomic_write(folder / INTEGER_FILE, payload)
-  else:
-    (folder / INTEGER_FILE).unlink(missing_ok=True)
+  clips = {
+    f"{layer}/{end}": np.asarray(getattr(clip, end)) for layer, clip in quantized.clips.items() for end in Clip._fields
+  }
+  for file, key, arrays in ((INTEGER_FILE, "integer_sha256", integers), (CLIPS_FILE, "clips_sha256", clips)):
+    if arrays:
+      payload = safetensors.numpy.save(arrays)
+      content[key] = hashlib.sha256(payload).hexdigest()
+      atomic_write(folder / file, payload)
+    else:
+      (folder / file).unlink(missing_ok=True)
   write_json(folder / QUANTIZATION_FILE, {**content, "sha256": _digest(content)})
 
 
@@ -76,8 +84,11 @@ def load_quantized(folder: str | pathlib.Path, *, module: nn.Module | None = Non
     if digest is not None:
       _check_digest(folder / file, digest)
   network = load_network(folder, module=module)
+  # Folders of versions without clips do not name them.
+  clips = _clips(folder, content["clips_sha256"]) if content.get("clips_sha256") else {}
   try:
-    return quantize(network, QuantRules.from_json(content["rules"]), Ranges.from_json(content["ranges"]))
+    rules = QuantRules.from_json(content["rules"])
+    return quantize(network, rules, Ranges.from_json(content["ranges"]), clips=clips)
   except (RuleError, KwjaxError) as error:
     raise WeightsError(f"{folder / QUANTIZATION_FILE} does not fit {folder / DESCRIPTION_FILE}: {error}") from error
 
@@ -92,13 +103,25 @@ def load_integer_weights(folder: str | pathlib.Path) -> dict[str, QTensor]:
   digest = _read(folder)["integer_sha256"]
   if digest is None:
     raise WeightsError(f"{folder} holds no integer weights: no layer's weight reading has an int8 form")
+  arrays = _arrays(folder / INTEGER_FILE, digest)
+  return {layer: QTensor(*(found[field] for field in QTensor._fields)) for layer, found in arrays.items()}
+
+
+def _clips(folder: pathlib.Path, digest: str) -> WeightClips:
+  return {layer: Clip(found["lo"], found["hi"]) for layer, found in _arrays(folder / CLIPS_FILE, digest).items()}
+
+
+def _arrays(path: pathlib.Path, digest: str) -> dict[str, dict[str, jnp.ndarray]]:
+  """`{layer: {field: array}}` of a file with names LAYER/FIELD, layers sorted: safetensors has another order at every call."""
   try:
-    arrays = safetensors.numpy.load(_check_digest(folder / INTEGER_FILE, digest))
+    arrays = safetensors.numpy.load(_check_digest(path, digest))
   except (safetensors.SafetensorError, ValueError) as error:
-    raise WeightsError(f"{folder / INTEGER_FILE} is not a safetensors file: {error}") from error
-  # safetensors returns them in another order at every call.
-  layers = dict.fromkeys(name.rpartition("/")[0] for name in sorted(arrays))
-  return {layer: QTensor(*(jnp.asarray(arrays[f"{layer}/{field}"]) for field in QTensor._fields)) for layer in layers}
+    raise WeightsError(f"{path} is not a safetensors file: {error}") from error
+  found: dict[str, dict[str, jnp.ndarray]] = {}
+  for name in sorted(arrays):
+    layer, _, field = name.rpartition("/")
+    found.setdefault(layer, {})[field] = jnp.asarray(arrays[name])
+  return found
 
 
 def _read(folder: pathlib.Path) -> dict[str, Any]:

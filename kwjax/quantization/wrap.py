@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,42 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from kwjax import intercept
-from kwjax.errors import KwjaxError, RuleError
+from kwjax.errors import KwjaxError
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.fake_quant import fake_quant
-from kwjax.quantization.grids import Grid, activation_grid, weight_grid
+from kwjax.quantization.grids import Clip, Grid, activation_grid, weight_grid
 from kwjax.quantization.ranges import Ranges
 from kwjax.quantization.rules import LayerRule, QuantRules
+from kwjax.quantization.weight_ranges import WeightClips, channel_axes, check_clips, kernel_path, weight_clips
 
 _RANGE = "activation_range"
 
 
-def kernel_path(layer: str) -> tuple[str, ...]:
-  """Where a layer's kernel is in the flattened parameters."""
-  return (*(() if layer == "<top>" else layer.split("/")), "kernel")
-
-
-def kernel_grid(kernel: Array, layer: intercept.Layer, rule: LayerRule) -> Grid:
+def kernel_grid(kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Clip | None = None) -> Grid:
   """The grid of each output channel of a layer's kernel, which nn.scan may have stacked along leading axes.
 
   Raises:
     RuleError: the kernel is stacked along another axis than the first.
   """
-  assert layer.kernel_shape is not None
   assert rule.weight_bits is not None
   assert rule.weight_reading is not None
-  stacked = kernel.ndim - len(layer.kernel_shape)
-  if stacked < 0 or kernel.shape[stacked:] != layer.kernel_shape:
-    raise RuleError(
-      f"the kernel of layer {layer.name} has shape {kernel.shape}, expected {layer.kernel_shape} "
-      "with stacked layers along leading axes (give nn.scan or nn.vmap variable_axes={'params': 0})"
-    )
-  channels = {axis % kernel.ndim for axis in layer.channel_axes}
-  axes = tuple(axis for axis in range(stacked, kernel.ndim) if axis not in channels)
-  return weight_grid(kernel, rule.weight_reading, rule.weight_bits, axes=axes)
+  return weight_grid(kernel, rule.weight_reading, rule.weight_bits, axes=channel_axes(kernel, layer), clip=clip)
 
 
-def quantize_weights(apply: ApplyFn, network: Network, rules: QuantRules) -> ApplyFn:
+def quantize_weights(
+  apply: ApplyFn, network: Network, rules: QuantRules, clips: Mapping[str, Clip] | None = None
+) -> ApplyFn:
   """Wrap `apply`: kernels are rounded to their grid, which follows the kernel's current values at every call.
 
   Gradients reach the float kernels that the wrapped function is given, straight through the rounding.
@@ -57,6 +46,7 @@ def quantize_weights(apply: ApplyFn, network: Network, rules: QuantRules) -> App
     apply: what to wrap.
     network: the float network, which says what layers there are.
     rules: bits of each.
+    clips: of `weight_clips`, constants; layers that are not there keep the whole range of their weights.
   """
   layers = {layer.name: layer for layer in intercept.matmul_layers(network)}
   chosen = {name: rule for name, rule in rules.resolve(network).items() if rule.weight_bits is not None}
@@ -65,7 +55,7 @@ def quantize_weights(apply: ApplyFn, network: Network, rules: QuantRules) -> App
     params = flax.traverse_util.flatten_dict(dict(variables["params"]))
     for name, rule in chosen.items():
       kernel = params[kernel_path(name)]
-      params[kernel_path(name)] = fake_quant(kernel, *kernel_grid(kernel, layers[name], rule))
+      params[kernel_path(name)] = fake_quant(kernel, *kernel_grid(kernel, layers[name], rule, (clips or {}).get(name)))
     return apply({**variables, "params": flax.traverse_util.unflatten_dict(params)}, images)
 
   return wrapped
@@ -116,29 +106,37 @@ class QuantizedNetwork:
     network: the float network that holds the weights.
     rules: bits of every layer.
     ranges: activation range of every layer with quantized inputs.
+    clips: share of its weights' range that each layer's grid leaves out; empty unless `rules.weights_range` is "mse".
+      They are constants: under distillation the grids follow the weights and keep the shares.
   """
 
   network: Network
   rules: QuantRules
   ranges: Ranges
+  clips: WeightClips = dataclasses.field(default_factory=dict)
 
-  def tree_flatten(self) -> tuple[tuple[Network, Ranges], QuantRules]:
-    """Children: the network and the ranges; the rules are static."""
-    return (self.network, self.ranges), self.rules
+  def tree_flatten(self) -> tuple[tuple[Network, Ranges, WeightClips], QuantRules]:
+    """Children: the network, the ranges and the clips; the rules are static."""
+    return (self.network, self.ranges, self.clips), self.rules
 
   @classmethod
-  def tree_unflatten(cls, rules: QuantRules, children: tuple[Network, Ranges]) -> QuantizedNetwork:
+  def tree_unflatten(cls, rules: QuantRules, children: tuple[Network, Ranges, WeightClips]) -> QuantizedNetwork:
     """Rebuild from children, which may be placeholders."""
-    return cls(children[0], rules, children[1])
+    return cls(children[0], rules, *children[1:])
 
   def forward(self, variables: Variables, images: Array) -> tuple[Array, Variables]:
-    """The `ApplyFn` that wrappers build on; gradients reach the float variables and the images straight through."""
-    apply = quantize_inputs(self.network.forward, self.network, self.rules, self.ranges)
-    return quantize_weights(apply, self.network, self.rules)(variables, images)
+    """Logits f32[b,k] of images f32[b,h,w,c] in [0,1] and what wrappers left; gradients pass through the rounding.
 
-  def apply(self, images: Array) -> Array:
+    Args:
+      variables: of the float network.
+      images: f32[b,h,w,c] in [0,1].
+    """
+    apply = quantize_inputs(self.network.forward, self.network, self.rules, self.ranges)
+    return quantize_weights(apply, self.network, self.rules, self.clips)(variables, images)
+
+  def apply(self, images: Array | np.ndarray) -> Array:
     """Logits f32[b,k] of images f32[b,h,w,c] in [0,1], in evaluation mode."""
-    return self.forward(self.variables, images)[0]
+    return self.forward(self.variables, jnp.asarray(images))[0]
 
   def replace(self, **changes: Any) -> QuantizedNetwork:
     """A copy with some fields of it or of its float network (`variables`, ...) changed."""
@@ -179,19 +177,23 @@ class QuantizedNetwork:
     return self.network.num_classes
 
 
-def quantize(network: Network, rules: QuantRules, ranges: Ranges) -> QuantizedNetwork:
+def quantize(
+  network: Network, rules: QuantRules, ranges: Ranges, *, clips: WeightClips | None = None
+) -> QuantizedNetwork:
   """The network in simulated low precision, by given rules and calibrated ranges.
 
   Args:
     network: the float network.
     rules: bits of every layer.
     ranges: of `calibrate`; layers whose inputs stay float need none.
+    clips: of `weight_clips`, where they are known already; default: found here if `rules.weights_range` asks for them.
 
   Raises:
     RuleError: a rule matches no layer.
     KwjaxError: a layer's range is missing, has another shape than the layer's stack, or is empty or not finite.
   """
-  needed = [name for name, rule in rules.resolve(network).items() if rule.activation_bits is not None]
+  resolved = rules.resolve(network)
+  needed = [name for name, rule in resolved.items() if rule.activation_bits is not None]
   missing = [name for name in needed if name not in ranges]
   if missing:
     raise KwjaxError(
@@ -206,4 +208,6 @@ def quantize(network: Network, rules: QuantRules, ranges: Ranges) -> QuantizedNe
       )
     if not (np.isfinite(lo).all() and np.isfinite(hi).all()) or (lo > hi).any():
       raise KwjaxError(f"the range of layer {name} must be finite with lowest <= highest, found {lo} to {hi}")
-  return QuantizedNetwork(network, rules, ranges)
+  clips = weight_clips(network, rules) if clips is None else clips
+  check_clips(network, resolved, clips, complete=rules.weights_range != "minmax")
+  return QuantizedNetwork(network, rules, ranges, clips)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import math
 from collections.abc import Sequence
@@ -83,17 +84,17 @@ def dead_leaves(
   lay = functools.partial(
     _lay, count=together, image_shape=tuple(image_shape), kinds=kinds, radii=(smallest, largest), max_leaves=max_leaves
   )
-  parts: list[list[Array]] = [[] for _ in places]
-  # Round by round, so that every device has work before any is waited for.
-  for start in range(0, each, together):
-    for place, part in zip(places, parts):
-      first = places.index(place) * each + start
-      if first < count:
-        part.append(lay(jax.device_put(key, place), jnp.int32(first)))
-  joined = [jnp.concatenate(part)[:each] for part in parts if part]
-  if not joined:
-    return jnp.zeros((0, *image_shape), jnp.float32)
-  return jnp.concatenate([jax.device_put(part, places[0]) for part in joined])[:count]
+
+  def share(index: int) -> Array:
+    first, last = index * each, min((index + 1) * each, count)
+    placed = jax.device_put(key, places[index])
+    parts = [lay(placed, jnp.int32(start)) for start in range(first, max(last, first + 1), together)]
+    return jnp.concatenate(parts)[: max(last - first, 0)]
+
+  # A thread each: a CPU device computes a loop of unknown length in the thread that asks for it.
+  with concurrent.futures.ThreadPoolExecutor(len(places)) as threads:
+    shares = list(threads.map(share, range(len(places))))
+  return jnp.concatenate([jax.device_put(part, places[0]) for part in shares])
 
 
 def _kinds(shapes: str | Sequence[str]) -> tuple[int, ...]:

@@ -79,8 +79,8 @@ def test_bad_bits_are_refused_with_the_expected_form(text):
 def test_bad_options_are_refused():
   with pytest.raises(RuleError, match=r"weight reading 'mse'.*affine0"):
     QuantRules.parse("4w4a", weights="mse")
-  with pytest.raises(RuleError, match=r"range reading 'percentile'.*chunk"):
-    QuantRules.parse("4w4a", ranges="percentile")
+  with pytest.raises(RuleError, match=r"range reading 'median'.*chunk"):
+    QuantRules.parse("4w4a", ranges="median")
   with pytest.raises(RuleError, match=r"'conv\(' is not a regular expression"):
     QuantRules.parse("4w4a", overrides={"conv(": "8w8a"})
   with pytest.raises(RuleError, match="8x8"):

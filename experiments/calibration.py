@@ -1,0 +1,120 @@
+"""How a copy is calibrated: activation ranges, weight ranges, equalization before and bias correction after, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import stages
+from experiments.common import say
+from experiments.options import Options, Sizes
+from experiments.stages import Site
+from kwjax.network import Network
+from kwjax.quantization import QuantizedNetwork, QuantRules, histogram_ranges, quantize, ranges_from
+from kwjax.quantization.bias_correction import correct_bias
+from kwjax.quantization.equalization import Equalized, equalize
+
+
+class Method(NamedTuple):
+  """What is done beside choosing bits.
+
+  Attributes:
+    ranges: of activations, see `kwjax.quantization.RANGE_READINGS`.
+    weights_range: "minmax" or "mse".
+    corrects_bias: whether the means of the channels are those of the float network again.
+    equalizes: whether scales are moved between layers first, where that changes nothing.
+    corrects_variance: whether BatchNorm's variances are those of the float network again; with `corrects_bias` only.
+  """
+
+  ranges: str = "sample"
+  weights_range: str = "minmax"
+  corrects_bias: bool = False
+  equalizes: bool = False
+  corrects_variance: bool = False
+
+  def applied(self, rules: QuantRules) -> QuantRules:
+    """Rules with these ranges."""
+    return dataclasses.replace(rules, ranges=self.ranges, weights_range=self.weights_range)
+
+  def describe(self) -> str:
+    """What it does beside what rules say, in a few words for a protocol; empty if nothing."""
+    parts = ["scales equalized over layers"] if self.equalizes else []
+    if self.corrects_bias:
+      parts.append("mean and variance corrected" if self.corrects_variance else "bias corrected")
+    return ", ".join(parts)
+
+
+PAPER = Method()
+"""Haroush et al. (2020): extremes of each sample, averaged."""
+
+
+BEST = Method(weights_range="mse", corrects_bias=True, corrects_variance=True)
+"""The best without data in `experiments.table_calibration`, on ResNet-44 4w4a and EfficientNet-Lite0 4w8a."""
+
+
+def method_of(options: Options) -> Method:
+  """What --calibration says, by default the paper's under --preset paper, with the options that were given put in its place."""
+  calibration = options.calibration or ("paper" if options.preset == "paper" else "best")
+  given: dict[str, Any] = {
+    "ranges": options.range_reading,
+    "weights_range": options.weight_range,
+    "corrects_bias": None if options.correction is None else options.correction != "none",
+    "corrects_variance": None if options.correction is None else options.correction == "moments",
+    "equalizes": options.equalize,
+  }
+  base = {"paper": PAPER, "best": BEST}[calibration]
+  return base._replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def calibrated_copy(
+  site: Site,
+  stage: str,
+  images: np.ndarray,
+  rules: QuantRules,
+  method: Method,
+  chosen: Sizes,
+  *,
+  key: jax.Array,
+  words: str,
+) -> QuantizedNetwork:
+  """The low-precision copy that a method makes with some images.
+
+  Args:
+    site: where; its network is the float one.
+    stage: name under which what is observed of the images is kept; the same for all methods and precisions.
+    images: f32[n,h,w,c] in [0,1].
+    rules: bits of every layer; their ranges are replaced by the method's.
+    method: what is done.
+    chosen: its `calibration_steps` and `calibration_batch`.
+    key: of the draws.
+    words: what the images are called.
+  """
+  if method.equalizes:
+    site, stage = site._replace(network=equalized(site.network).network), f"{stage}-equalized"
+  network, rules = site.network, method.applied(rules)
+  table = stages.range_table(site, stage, images, words=words)
+  if rules.needs_histograms:
+    histograms = stages.histogram_table(site, f"{stage}-histograms", images, table, words=words)
+    ranges = histogram_ranges(histograms, rules.resolve(network), rules.ranges)
+  else:
+    steps, batch_size = chosen.calibration_steps, chosen.calibration_batch
+    ranges = ranges_from(table, rules, key=key, steps=steps, batch_size=batch_size)
+  copy = quantize(network, rules, ranges)
+  if not method.corrects_bias:
+    return copy
+  site.shutdown_point()
+  size = 128 if network.image_shape[0] <= 64 else 32
+  # On one device: a mean over several is rounded otherwise, and a run must end alike wherever it goes on.
+  return correct_bias(copy, images, variance=method.corrects_variance, batch_size=size, devices=1)
+
+
+@functools.lru_cache(maxsize=2)
+def equalized(network: Network) -> Equalized:
+  """The network with equalized scales; found once a process, and what was left alone is said."""
+  found = equalize(network, criterion="weights")
+  say(f"equalized {len(found.pairs)} pairs of layers, {len(found.unsupported)} neighbours cannot be")
+  return found

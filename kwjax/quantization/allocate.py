@@ -1,0 +1,396 @@
+"""Bits by layer: how much each layer minds few bits, measured, and the best use of a budget of bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from kwjax import intercept
+from kwjax.errors import KwjaxError, RuleError
+from kwjax.network import Array, Network, Variables
+from kwjax.quantization.calibrate import check_images, observe_ranges, ranges_from
+from kwjax.quantization.fake_quant import fake_quant
+from kwjax.quantization.grids import activation_grid
+from kwjax.quantization.histograms import observe_histograms
+from kwjax.quantization.range_methods import histogram_ranges
+from kwjax.quantization.ranges import Ranges
+from kwjax.quantization.rules import Bits, QuantRules
+from kwjax.quantization.weight_ranges import kernel_path, mse_clip
+from kwjax.quantization.wrap import kernel_grid
+from kwjax.runtime.parallel import DeviceGroup, device_group
+
+CANDIDATES = (2, 3, 4, 5, 6, 8)
+_UNITS = 200_000
+_CURVE_UNITS = 5_000
+_GRID = "allocation_grid"
+
+
+class Budget(NamedTuple):
+  """Mean bits that a network may have; None leaves that side at the rules' bits.
+
+  Attributes:
+    weights: mean bits of a weight, over all kernels.
+    activations: mean bits of a layer's input, over all values that layers read of one image.
+  """
+
+  weights: float | None
+  activations: float | None
+
+  @classmethod
+  def parse(cls, budget: str | Budget) -> Budget:
+    """Read "4w4a" or "3.5w4a"; 32 stands for None.
+
+    Raises:
+      RuleError: another form, or mean bits outside 2 to 8.
+    """
+    if isinstance(budget, Budget):
+      found = budget
+    else:
+      weights, _, rest = str(budget).partition("w")
+      try:
+        ends = [float(text) for text in (weights, rest.removesuffix("a"))]
+      except ValueError:
+        ends = [0.0]
+      if not rest.endswith("a"):
+        ends = [0.0]
+      found = cls(*(None if bits == 32 else bits for bits in ends)) if len(ends) == 2 else cls(0.0, 0.0)
+    if any(bits is not None and not 2 <= bits <= 8 for bits in found):
+      raise RuleError(
+        f"a budget is mean bits from 2 to 8 of weights and activations, such as 4w4a or 3.5w4a, found {budget!r}"
+      )
+    return found
+
+
+class Sensitivity(NamedTuple):
+  """What few bits of one layer alone cost.
+
+  Attributes:
+    weights: `{bits: KL in nats}` with this layer's kernel quantized and all else float.
+    activations: the same for its input.
+    parameters: weights in its kernel.
+    inputs: values it reads for one image.
+  """
+
+  weights: dict[int, float]
+  activations: dict[int, float]
+  parameters: int
+  inputs: int
+
+
+class Point(NamedTuple):
+  """One budget of the curve.
+
+  Attributes:
+    bits: mean bits of what the curve varies, weights and activations alike.
+    kilobytes: of all kernels at these bits, without scales; 1000 bytes.
+    predicted: sum of the sensitivities of the best allocation, nats.
+    uniform: the same with equal bits everywhere, None where the mean is no candidate.
+  """
+
+  bits: float
+  kilobytes: float
+  predicted: float
+  uniform: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+  """Bits by layer.
+
+  Attributes:
+    rules: one override a layer, exact paths; to calibrate and quantize with.
+    sensitivity: what was measured, `{layer: Sensitivity}`.
+    curve: predicted loss by mean bits, ascending.
+    mean_weight_bits: of `rules`, over all weights.
+    mean_activation_bits: of `rules`, over all inputs.
+  """
+
+  rules: QuantRules
+  sensitivity: dict[str, Sensitivity]
+  curve: tuple[Point, ...]
+  mean_weight_bits: float
+  mean_activation_bits: float
+
+
+def allocate_bits(
+  network: Network,
+  images: Array | np.ndarray,
+  *,
+  budget: str | Budget,
+  candidates: Sequence[int] = CANDIDATES,
+  rules: QuantRules | None = None,
+  key: Array,
+  batch_size: int = 64,
+  progress: bool = False,
+  devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
+) -> Allocation:
+  r"""Bits by layer under a budget of mean bits: $\min \sum_l s_l(b_l)$ with $\sum_l n_l b_l \le B \sum_l n_l$.
+
+  $s_l(b)$ = KL(float || layer l alone at b bits), measured on the images; $n_l$: its weights, or the values that it reads.
+  The two sides are separate problems, each solved exactly by dynamic programming, where sizes have no large common divisor
+  in units of 1/200000 of the budget, rounded up.
+
+  Args:
+    network: the float network.
+    images: f32[n,h,w,c] in [0,1], such as synthetic ones; those after the last whole share of the devices are left out.
+    budget: mean bits, "4w4a" or "3.5w4a"; 32 leaves a side as the rules have it.
+    candidates: bits that a layer may get, 2 to 8.
+    rules: how weights and ranges are read, and the bits of a side without budget; default: those of the paper at 8w8a.
+    key: of the draws of the calibration.
+    batch_size: images forwarded at a time; no influence on the result but for rounding.
+    progress: show a bar.
+    devices: number of devices, devices, or None (all accelerators, or one CPU).
+
+  Returns:
+    Allocation.
+
+  Raises:
+    DataError: there are no images, or they are unfit.
+    RuleError: the budget or the candidates are malformed, or no allocation fits.
+
+  Source: Yao et al. (2021), "HAWQ-V3", arXiv:2011.10680, integer programming over layers; Cai et al. (2020), "ZeroQ",
+  arXiv:2001.00281, 3.2, KL of one layer at a time on synthetic images.
+  """
+  wanted = Budget.parse(budget)
+  bits = sorted(set(candidates))
+  if not bits or not all(2 <= b <= 8 for b in bits):
+    raise RuleError(f"candidates must be bits from 2 to 8, found {tuple(candidates)}")
+  base = QuantRules.parse("8w8a") if rules is None else rules
+  check_images(network, images)
+  table = measure_sensitivity(
+    network, images, bits, base, key=key, batch_size=batch_size, progress=progress, devices=devices
+  )
+  return allocate_from(network, table, budget=wanted, rules=base)
+
+
+def allocate_from(
+  network: Network, sensitivity: Mapping[str, Sensitivity], *, budget: str | Budget, rules: QuantRules
+) -> Allocation:
+  """As `allocate_bits`, from sensitivities that are there already: other budgets cost nothing.
+
+  Args:
+    network: the float network.
+    sensitivity: of `measure_sensitivity`.
+    budget: mean bits.
+    rules: how weights and ranges are read, and the bits of a side without budget.
+
+  Raises:
+    RuleError: the budget is malformed, or no allocation fits.
+  """
+  wanted, resolved = Budget.parse(budget), rules.resolve(network)
+  sides = {}
+  for side, mean, sizes in (
+    ("weights", wanted.weights, [s.parameters for s in sensitivity.values()]),
+    ("activations", wanted.activations, [s.inputs for s in sensitivity.values()]),
+  ):
+    costs = [getattr(s, side) for s in sensitivity.values()]
+    sides[side] = None if mean is None else best_bits(costs, sizes, mean)
+  overrides = []
+  for index, name in enumerate(sensitivity):
+    weights = resolved[name].weight_bits if sides["weights"] is None else sides["weights"][index]
+    activations = resolved[name].activation_bits if sides["activations"] is None else sides["activations"][index]
+    overrides.append((name, Bits(weights, activations)))
+  chosen = dataclasses.replace(rules, first_last=None, overrides=tuple(overrides))
+  return Allocation(
+    rules=chosen,
+    sensitivity=dict(sensitivity),
+    curve=_curve(sensitivity, wanted),
+    mean_weight_bits=_mean([b.weights for _, b in overrides], [s.parameters for s in sensitivity.values()]),
+    mean_activation_bits=_mean([b.activations for _, b in overrides], [s.inputs for s in sensitivity.values()]),
+  )
+
+
+def best_bits(
+  costs: Sequence[Mapping[int, float]], sizes: Sequence[int], mean: float, *, units: int = _UNITS
+) -> list[int]:
+  r"""The choice with the least sum of costs whose bits, weighted by sizes, are `mean` on average or fewer; exact.
+
+  Args:
+    costs: `{bits: cost}` of each item; more bits than the budget's mean are worth it where others have fewer.
+    sizes: of each item.
+    mean: bits.
+    units: into how many parts the budget is divided where sizes have no common divisor that makes fewer; sizes are rounded up.
+
+  Returns:
+    Bits of each item.
+
+  Raises:
+    RuleError: even the fewest bits are too many.
+  """
+  fewest = [min(cost) for cost in costs]
+  # What is shared out are the bits beyond the fewest: those are always exact.
+  spare, divisor = mean * sum(sizes) - float(np.dot(fewest, sizes)), math.gcd(*sizes)
+  if spare < -1e-6:
+    raise RuleError(f"no choice of bits has a mean of {mean:g} or less: the fewest are {min(fewest)}")
+  unit = divisor if spare <= units * divisor else spare / units
+  room = int(spare / unit + 1e-6)
+  best = np.zeros(room + 1)
+  choices: list[np.ndarray] = []
+  for cost, size, least in zip(costs, sizes, fewest, strict=True):
+    found, chosen = np.full(room + 1, np.inf), np.zeros(room + 1, np.int8)
+    for bits, value in cost.items():
+      needed = math.ceil(size * (bits - least) / unit - 1e-6)
+      if needed > room:
+        continue
+      total = np.full(room + 1, np.inf)
+      total[needed:] = best[: room + 1 - needed] + value
+      better = total < found
+      found, chosen = np.where(better, total, found), np.where(better, np.int8(bits), chosen)
+    best, choices = found, [*choices, chosen]
+  result, place = [], room
+  for chosen, size, least in zip(choices[::-1], sizes[::-1], fewest[::-1], strict=True):
+    result.append(int(chosen[place]))
+    place -= math.ceil(size * (result[-1] - least) / unit - 1e-6)
+  return result[::-1]
+
+
+def measure_sensitivity(
+  network: Network,
+  images: Array | np.ndarray,
+  candidates: Sequence[int],
+  rules: QuantRules,
+  *,
+  key: Array,
+  batch_size: int = 64,
+  progress: bool = False,
+  devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
+) -> dict[str, Sensitivity]:
+  """KL(float || copy) in nats, with one layer's weights or one layer's input quantized at a time.
+
+  One program serves all layers and bits: kernels are rounded before it, and grids are its arguments.
+
+  Args:
+    network: the float network.
+    images: f32[n,h,w,c] in [0,1].
+    candidates: bits, 2 to 8.
+    rules: how weights and ranges are read.
+    key: of the draws of the calibration.
+    batch_size: images forwarded at a time.
+    progress: show a bar.
+    devices: number of devices, devices, or None.
+
+  Returns:
+    `{layer: Sensitivity}` in execution order.
+
+  Raises:
+    KwjaxError: a layer is stacked by nn.scan.
+  """
+  group = device_group(devices).local
+  group = group if len(images) >= group.size else device_group(1)
+  layers = {layer.name: layer for layer in intercept.matmul_layers(network)}
+  stacked = [name for name, layer in layers.items() if layer.repeats > 1]
+  if stacked:
+    raise KwjaxError(
+      f"layer {stacked[0]} is stacked by nn.scan: its layers share one rule, so bits cannot be allocated"
+    )
+  ranges = _ranges_by_bits(network, images, candidates, rules, key, group)
+  off = {name: _switch(None) for name in layers}
+  size = min(batch_size, len(images)) // group.size * group.size
+  batches = [np.asarray(images[i : i + size], np.float32) for i in range(0, len(images) - size + 1, size)]
+  forward = _compiled_logits(group, tuple(layers))
+
+  def logits(variables: Variables, grids: Mapping[str, Any]) -> np.ndarray:
+    placed = group.replicate((network.replace(variables=variables), grids))
+    return np.concatenate([group.unshard(forward(placed, group.shard(batch))) for batch in batches])
+
+  expected = jax.nn.log_softmax(logits(network.variables, off))
+
+  def cost(variables: Variables, grids: Mapping[str, Any]) -> float:
+    found = jax.nn.log_softmax(logits(variables, grids))
+    return max(float(jnp.sum(jnp.exp(expected) * (expected - found), -1).mean()), 0.0)
+
+  found = {}
+  for name, layer in tqdm(layers.items(), desc="sensitivity", unit="layer", disable=not progress):
+    weights = {b: cost(_with_kernel(network, layer, b, rules), off) for b in candidates}
+    inputs = {
+      b: cost(network.variables, {**off, name: _switch(activation_grid(*ranges[b][name], b))}) for b in candidates
+    }
+    found[name] = Sensitivity(
+      weights, inputs, math.prod(layer.kernel_shape or ()) * layer.repeats, math.prod(layer.input_shape[1:])
+    )
+  return found
+
+
+def _ranges_by_bits(
+  network: Network, images: Any, candidates: Sequence[int], rules: QuantRules, key: Array, group: DeviceGroup
+) -> dict[int, Ranges]:
+  table = observe_ranges(network, images, devices=group)
+  if not rules.needs_histograms:
+    found = ranges_from(table, rules, key=key)
+    return dict.fromkeys(candidates, found)
+  histograms = observe_histograms(network, images, table, devices=group)
+  by_bits = {b: dataclasses.replace(rules, bits=Bits(b, b), first_last=None, overrides=()) for b in candidates}
+  return {b: histogram_ranges(histograms, own.resolve(network), own.ranges) for b, own in by_bits.items()}
+
+
+def _switch(grid: Any | None) -> dict[str, Any]:
+  """Grid of an input as arrays, and whether it is used at all."""
+  values = (1.0, 0.0, 0.0, 1.0) if grid is None else grid
+  return {"grid": [jnp.asarray(value, jnp.float32) for value in values], "on": jnp.asarray(grid is not None)}
+
+
+def _with_kernel(network: Network, layer: intercept.Layer, bits: int, rules: QuantRules) -> Variables:
+  """Variables with one layer's kernel rounded to its grid."""
+  flat = flax.traverse_util.flatten_dict(dict(network.variables["params"]))
+  kernel = jnp.asarray(flat[kernel_path(layer.name)])
+  own = dataclasses.replace(rules, bits=Bits(bits, None), first_last=None, overrides=())
+  rule = own.resolve(network)[layer.name]
+  assert rule.weight_reading is not None
+  clip = None
+  if rules.weights_range == "mse":
+    axes = tuple(a for a in range(kernel.ndim) if a not in {c % kernel.ndim for c in layer.channel_axes})
+    clip = mse_clip(kernel, rule.weight_reading, bits, axes=axes)
+  flat[kernel_path(layer.name)] = fake_quant(kernel, *kernel_grid(kernel, layer, rule, clip))
+  return {**network.variables, "params": flax.traverse_util.unflatten_dict(flat)}
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_logits(group: DeviceGroup, names: tuple[str, ...]) -> Callable[..., Array]:
+  chosen = frozenset(names)
+
+  def handle(module: nn.Module, x: Array, proceed: Any) -> Any:
+    switch = intercept.provided(module, _GRID)
+    assert switch is not None
+    return proceed(jnp.where(switch["on"], fake_quant(x, *switch["grid"]), x))
+
+  def logits(placed: tuple[Network, dict[str, Any]], images: Array, axis_name: str | None) -> Array:
+    network, grids = placed
+    apply = intercept.intercept(network.forward, lambda module: intercept.layer_name(module) in chosen, handle)
+    return apply(intercept.provide(network.variables, _GRID, grids), images)[0]
+
+  return group.compile(logits)
+
+
+def _mean(bits: Sequence[int | None], sizes: Sequence[int]) -> float:
+  return sum((b or 32) * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)
+
+
+def _curve(sensitivity: Mapping[str, Sensitivity], budget: Budget) -> tuple[Point, ...]:
+  sides = [side for side, mean in zip(("weights", "activations"), budget, strict=True) if mean is not None]
+  sizes = {
+    "weights": [s.parameters for s in sensitivity.values()],
+    "activations": [s.inputs for s in sensitivity.values()],
+  }
+  costs = {side: [getattr(s, side) for s in sensitivity.values()] for side in sides}
+  candidates = sorted(next(iter(sensitivity.values())).weights)
+  points = []
+  for mean in np.arange(candidates[0], candidates[-1] + 0.25, 0.5).tolist() if sides else ():
+    predicted = 0.0
+    for side in sides:
+      chosen = best_bits(costs[side], sizes[side], mean, units=_CURVE_UNITS)
+      predicted += sum(cost[b] for cost, b in zip(costs[side], chosen, strict=True))
+    uniform = None
+    if mean in candidates:
+      uniform = sum(cost[int(mean)] for side in sides for cost in costs[side])
+    points.append(Point(mean, sum(sizes["weights"]) * mean / 8000, predicted, uniform))
+  return tuple(points)

@@ -1,0 +1,60 @@
+"""Forward a set of images batch by batch over devices and processes, for whatever is observed of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from kwjax.errors import Interrupted
+from kwjax.network import Array
+from kwjax.runtime import processes
+from kwjax.runtime.data import pad_batch
+from kwjax.runtime.parallel import DeviceGroup
+
+
+def forward_batches(
+  forward: Callable[[Any, Any], Any],
+  placed: Any,
+  images: Array | np.ndarray,
+  group: DeviceGroup,
+  *,
+  batch_size: int,
+  words: str,
+  progress: bool = False,
+  should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Any, np.ndarray]]:
+  """`(what forward gave of a batch, bool[rows] that are images and no filling)` for this process's share of the images.
+
+  Every batch has the same shape; a process without images forwards one batch of filling.
+
+  Args:
+    forward: compiled by the group, `(placed, images) -> pytree of arrays with one row an image`.
+    placed: its first argument, on the devices.
+    images: f32[n,h,w,c] in [0,1].
+    group: devices of this process.
+    batch_size: images at a time, rounded up to a multiple of the devices.
+    words: what the bar says.
+    progress: show a bar.
+    should_stop: asked between batches.
+
+  Raises:
+    Interrupted: `should_stop` said so, in any process.
+  """
+  own = processes.share(len(images))
+  size = group.padded(max(min(batch_size, len(own)), 1))
+  starts: Sequence[int] = range(own.start, max(own.stop, own.start + 1), size)
+  stopped = False
+  for start in tqdm(starts, desc=words, unit="batch", disable=not (progress and processes.is_main())):
+    batch, _, valid = pad_batch(np.asarray(images[start : min(start + size, own.stop)]), None, size)
+    with jax.default_matmul_precision("highest"):
+      found = group.unshard(forward(placed, group.shard(batch)))
+    yield found, valid
+    stopped = processes.stop_is_known(should_stop())
+    if stopped:
+      break
+  if processes.any_stop(stopped):
+    raise Interrupted("stopped while observing activation ranges")

@@ -1,0 +1,152 @@
+"""Which part of its range every output channel's weights keep: the share with the least squared error, found once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kwjax import intercept
+from kwjax.errors import RuleError
+from kwjax.network import Array, Network
+from kwjax.quantization.fake_quant import fake_quant
+from kwjax.quantization.grids import Clip, weight_grid
+from kwjax.quantization.rules import LayerRule, QuantRules
+
+WeightClips = dict[str, Clip]
+"""`{layer: Clip}`; layers that are not there keep their whole range."""
+
+_LARGEST_CUT = 0.48
+_STEPS = 49
+_ROUNDS = 3
+_TWO_ENDED = ("affine", "affine0")
+
+
+class _Found(NamedTuple):
+  error: Array
+  lo: Array
+  hi: Array
+
+
+def kernel_path(layer: str) -> tuple[str, ...]:
+  """Where a layer's kernel is in the flattened parameters."""
+  return (*(() if layer == "<top>" else layer.split("/")), "kernel")
+
+
+def channel_axes(kernel: Array, layer: intercept.Layer) -> tuple[int, ...]:
+  """The axes of a kernel that belong to one output channel; nn.scan may have stacked kernels along leading axes.
+
+  Raises:
+    RuleError: the kernel is stacked along another axis than the first.
+  """
+  assert layer.kernel_shape is not None
+  stacked = kernel.ndim - len(layer.kernel_shape)
+  if stacked < 0 or kernel.shape[stacked:] != layer.kernel_shape:
+    raise RuleError(
+      f"the kernel of layer {layer.name} has shape {kernel.shape}, expected {layer.kernel_shape} "
+      "with stacked layers along leading axes (give nn.scan or nn.vmap variable_axes={'params': 0})"
+    )
+  channels = {axis % kernel.ndim for axis in layer.channel_axes}
+  return tuple(axis for axis in range(stacked, kernel.ndim) if axis not in channels)
+
+
+@functools.partial(jax.jit, static_argnames=("reading", "bits", "axes"))
+def mse_clip(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...]) -> Clip:
+  r"""The share of each channel's range that is cut off for the least $\sum_w (w - Q(w))^2$.
+
+  Cuts from 0 to 0.48 in steps of 0.01 of the range: both ends alike, and for the readings with two free ends then each end in
+  turn, three times, which may miss the best pair of cuts. No channel's error is greater than without cuts.
+
+  Args:
+    weights: kernel, any float type.
+    reading: a name in `WEIGHT_READINGS`.
+    bits: 2 to 8.
+    axes: the axes that belong to one channel.
+
+  Returns:
+    Clip, f32 of the kernel's rank with size 1 along `axes`, each in [0, 0.48].
+
+  Source: Banner et al. (2019), arXiv:1810.05723, clipping; Nagel et al. (2021), arXiv:2106.08295, 3.1, the MSE criterion.
+  """
+  weights = weights.astype(jnp.float32)
+  cuts = jnp.linspace(0.0, _LARGEST_CUT, _STEPS)
+
+  def at(lo: Array, hi: Array) -> _Found:
+    quantized = fake_quant(weights, *weight_grid(weights, reading, bits, axes=axes, clip=Clip(lo, hi)))
+    return _Found(jnp.sum(jnp.square(weights - quantized), axes, keepdims=True), lo, hi)
+
+  def search(best: _Found, moves_lo: bool, moves_hi: bool) -> _Found:
+    def try_cut(best: _Found, cut: Array) -> tuple[_Found, None]:
+      cut = jnp.full_like(best.lo, cut)
+      found = at(cut if moves_lo else best.lo, cut if moves_hi else best.hi)
+      better = found.error < best.error
+      return _Found(*(jnp.where(better, new, old) for new, old in zip(found, best, strict=True))), None
+
+    return jax.lax.scan(try_cut, best, cuts)[0]
+
+  none = jnp.zeros_like(jnp.sum(weights, axes, keepdims=True))
+  best = search(at(none, none), True, True)
+  for _ in range(_ROUNDS if reading in _TWO_ENDED else 0):
+    best = search(search(best, True, False), False, True)
+  return Clip(best.lo, best.hi)
+
+
+def weight_clips(network: Network, rules: QuantRules) -> WeightClips:
+  """What `rules.weights_range` cuts off every quantized kernel: nothing for "minmax".
+
+  Args:
+    network: with the float weights.
+    rules: bits, readings and range of the weights.
+
+  Returns:
+    `{layer: Clip}` in execution order.
+
+  Raises:
+    RuleError: a rule matches no layer.
+  """
+  if rules.weights_range == "minmax":
+    return {}
+  params = flax.traverse_util.flatten_dict(dict(network.variables["params"]))
+  layers = {layer.name: layer for layer in intercept.matmul_layers(network)}
+  found = {}
+  for name, rule in rules.resolve(network).items():
+    if rule.weight_bits is not None and rule.weight_reading is not None:
+      kernel = jnp.asarray(params[kernel_path(name)])
+      axes = channel_axes(kernel, layers[name])
+      found[name] = mse_clip(kernel, rule.weight_reading, rule.weight_bits, axes=axes)
+  return found
+
+
+def check_clips(network: Network, rules: Mapping[str, LayerRule], clips: WeightClips, *, complete: bool) -> None:
+  """Refuse shares that are not of this network's kernels.
+
+  Args:
+    network: with the float weights.
+    rules: of `QuantRules.resolve`.
+    clips: the shares.
+    complete: whether every layer with quantized weights needs them.
+
+  Raises:
+    RuleError: a layer is missing, unknown or float, or its shares have another shape or are not in [0, 0.5).
+  """
+  missing = [name for name, rule in rules.items() if rule.weight_bits is not None and name not in clips]
+  if complete and missing:
+    raise RuleError(f"weight clips are missing for {len(missing)} layers of {network.name}: {', '.join(missing[:5])}")
+  params = flax.traverse_util.flatten_dict(dict(network.variables["params"]))
+  layers = {layer.name: layer for layer in intercept.matmul_layers(network)}
+  for name, clip in clips.items():
+    if name not in layers or rules[name].weight_bits is None:
+      raise RuleError(f"weight clips name {name}, which is no layer of {network.name} with quantized weights")
+    kernel = params[kernel_path(name)]
+    axes = channel_axes(kernel, layers[name])
+    expected = tuple(1 if axis in axes else size for axis, size in enumerate(kernel.shape))
+    for end in clip:
+      if tuple(end.shape) != expected or not ((np.asarray(end) >= 0) & (np.asarray(end) < 0.5)).all():
+        raise RuleError(
+          f"the weight clip of layer {name} needs shares in [0, 0.5) of shape {expected}, found shape {end.shape}"
+        )
