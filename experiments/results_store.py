@@ -24,6 +24,8 @@ SECTIONS = {
   "table5_sigma": "Table 5: the smoothing kernel",
   "table6_objectives": "Table 6: number of images, and KL against CE",
   "table_calibration": "Ways to calibrate: ranges, bias correction, equalization",
+  "table_mixed": "Bits by layer against equal bits, at equal size",
+  "noise_distill": "Distillation from noise",
   "figure2_monitor": "Figure 2: J_KL under the inception loss, smoothness under BNS",
   "figure3_quality": "Figure 3: accuracy by number and quality of images",
   "figure5_images": "Figure 5: the images",

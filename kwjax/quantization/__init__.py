@@ -1,6 +1,6 @@
 """Low precision: which layer gets how many bits, activation ranges from images, simulated and integer weights."""
 
-from kwjax.quantization.allocate import Allocation, allocate_bits, allocate_from, measure_sensitivity
+from kwjax.quantization.allocate import Allocation, allocate_bits, allocate_from
 from kwjax.quantization.bias_correction import correct_bias
 from kwjax.quantization.calibrate import calibrate, draws, observe_ranges, ranges_from, recording_extremes
 from kwjax.quantization.equalization import Equalized, Pair, equalize, find_pairs
@@ -11,6 +11,7 @@ from kwjax.quantization.integer import QTensor, integer_weights
 from kwjax.quantization.range_methods import entropy_range, histogram_ranges, mse_range, percentile_range
 from kwjax.quantization.ranges import Interval, Ranges, RangeTable
 from kwjax.quantization.rules import RANGE_READINGS, WEIGHT_RANGES, Bits, LayerRule, QuantRules
+from kwjax.quantization.sensitivity import Sensitivity, measure_sensitivity
 from kwjax.quantization.store import load_integer_weights, load_quantized, save_quantized
 from kwjax.quantization.weight_ranges import WeightClips, mse_clip, weight_clips
 from kwjax.quantization.wrap import QuantizedNetwork, quantize, quantize_inputs, quantize_weights
@@ -34,6 +35,7 @@ __all__ = [
   "QuantizedNetwork",
   "RangeTable",
   "Ranges",
+  "Sensitivity",
   "WeightClips",
   "activation_grid",
   "allocate_bits",
