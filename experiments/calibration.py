@@ -17,6 +17,8 @@ from kwjax.network import Network
 from kwjax.quantization import QuantizedNetwork, QuantRules, histogram_ranges, quantize, ranges_from
 from kwjax.quantization.bias_correction import correct_bias
 from kwjax.quantization.equalization import Equalized, equalize
+from kwjax.runtime.data import ImageData
+from kwjax.runtime.evaluate import predict, score_logits
 
 
 class Method(NamedTuple):
@@ -110,6 +112,26 @@ def calibrated_copy(
   size = 128 if network.image_shape[0] <= 64 else 32
   # On one device: a mean over several is rounded otherwise, and a run must end alike wherever it goes on.
   return correct_bias(copy, images, variance=method.corrects_variance, batch_size=size, devices=1)
+
+
+def scored(
+  site: Site, copy: QuantizedNetwork, evaluation: ImageData, float_logits: dict[str, np.ndarray]
+) -> dict[str, float]:
+  """`{"top1": fraction, "kl": nats}` of a copy on labelled images; the float network's answers are made once, and kept there."""
+
+  def answers(network: Network | QuantizedNetwork) -> np.ndarray:
+    site.shutdown_point()
+    size = 256 if site.network.image_shape[0] <= 64 else 32
+    return predict(network, evaluation, batch_size=size, devices=site.group, should_stop=site.should_stop)
+
+  if "float" not in float_logits:
+    float_logits["float"] = answers(site.network)
+  # Ranges do not depend on how they were found any more, and copies of equal rules are compiled once.
+  copy = dataclasses.replace(copy, rules=dataclasses.replace(copy.rules, ranges=PAPER.ranges))
+  score = score_logits(answers(copy), len(evaluation), evaluation.labels, float_logits["float"])
+  assert score.accuracy is not None
+  assert score.agreement is not None
+  return {"top1": score.accuracy.top1, "kl": score.agreement.kl}
 
 
 @functools.lru_cache(maxsize=2)

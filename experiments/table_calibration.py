@@ -34,7 +34,7 @@ import numpy as np
 import tyro
 
 from experiments import cost, stages
-from experiments.calibration import PAPER, Method, calibrated_copy
+from experiments.calibration import PAPER, Method, calibrated_copy, scored
 from experiments.common import run_command
 from experiments.distilled import float_score
 from experiments.sources import Source, digest, identity, short_name
@@ -44,7 +44,6 @@ from experiments.study_report import top1_results
 from experiments.tables import Results, Table
 from kwjax.quantization import QuantRules
 from kwjax.runtime.data import ImageData
-from kwjax.runtime.evaluate import predict, score_logits
 
 METHODS: dict[str, Method] = {
   "paper": PAPER,
@@ -134,24 +133,7 @@ class _Work:
       key=stages.stream_key(seed, CALIBRATION_KEY),
       words=source.name,
     )
-    # Ranges do not depend on how they were found any more, and copies of equal rules are compiled once.
-    copy = dataclasses.replace(copy, rules=dataclasses.replace(copy.rules, ranges=PAPER.ranges))
-    score = score_logits(
-      self._predict(site, copy), len(self.evaluation), self.evaluation.labels, self._float_logits(site)
-    )
-    assert score.accuracy is not None
-    assert score.agreement is not None
-    return {"top1": score.accuracy.top1, "kl": score.agreement.kl, "images": len(images)}
-
-  def _float_logits(self, site: Site) -> np.ndarray:
-    if "float" not in self.logits:
-      self.logits["float"] = self._predict(site, site.network)
-    return self.logits["float"]
-
-  def _predict(self, site: Site, network: Any) -> np.ndarray:
-    site.shutdown_point()
-    size = 256 if site.network.image_shape[0] <= 64 else 32
-    return predict(network, self.evaluation, batch_size=size, devices=site.group, should_stop=site.should_stop)
+    return {**scored(site, copy, self.evaluation, self.logits), "images": len(images)}
 
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import tyro
 
 from experiments import cost, stages
-from experiments.calibration import BEST, PAPER, Method, calibrated_copy
+from experiments.calibration import BEST, PAPER, Method, calibrated_copy, scored
 from experiments.common import run_command, say
 from experiments.distilled import float_score
 from experiments.sources import Source, digest, identity, short_name
@@ -42,7 +42,6 @@ from kwjax.intercept import matmul_layers
 from kwjax.quantization import Allocation, QuantRules, Sensitivity, allocate_from, measure_sensitivity
 from kwjax.quantization.allocate import CANDIDATES, Budget
 from kwjax.runtime.data import ImageData
-from kwjax.runtime.evaluate import predict, score_logits
 from kwjax.runtime.report import Picture
 
 EQUAL, BY_LAYER = "equal", "by layer"
@@ -142,18 +141,8 @@ class _Work:
       key=stages.stream_key(seed, CALIBRATION_KEY),
       words=self.source.name,
     )
-    if "float" not in self.logits:
-      self.logits["float"] = self._predict(site, site.network)
-    score = score_logits(self._predict(site, copy), len(self.evaluation), self.evaluation.labels, self.logits["float"])
-    assert score.accuracy is not None
-    assert score.agreement is not None
     bits = {name: [rule.weight_bits, rule.activation_bits] for name, rule in copy.rules.resolve(site.network).items()}
-    return {"top1": score.accuracy.top1, "kl": score.agreement.kl, "bits": bits}
-
-  def _predict(self, site: Site, network: Any) -> Any:
-    site.shutdown_point()
-    size = 256 if site.network.image_shape[0] <= 64 else 32
-    return predict(network, self.evaluation, batch_size=size, devices=site.group, should_stop=site.should_stop)
+    return {**scored(site, copy, self.evaluation, self.logits), "bits": bits}
 
   def figures(
     self, site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
