@@ -142,6 +142,8 @@ def _results(report: Mapping[str, Any]) -> str:
     found += [_result_row(f"{bits}, {stage}", data, result, count) for bits, data, result in leaves]
     if not leaves:
       found.append({"network": stage, "data": "", "top-1": None, "95 % interval": "", "std": "", "seeds": ""})
+  if all(row["top-1"] is None for row in found):
+    return '<p class="missing">Not measured: the run had no labelled images.</p>'
   return rows(found)
 
 
