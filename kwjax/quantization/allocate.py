@@ -105,7 +105,9 @@ def allocate_bits(
   progress: bool = False,
   devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
 ) -> Allocation:
-  r"""Bits by layer under a budget of mean bits: $\min \sum_l s_l(b_l)$ with $\sum_l n_l b_l \le B \sum_l n_l$.
+  r"""The best bits for every layer within a budget of mean bits.
+
+  $\min \sum_l s_l(b_l)$ with $\sum_l n_l b_l \le B \sum_l n_l$.
 
   $s_l(b)$ = KL(float || layer l alone at b bits), measured on the images; $n_l$: its weights, or the values that it reads.
   The two sides are separate problems, each solved exactly by dynamic programming, where sizes have no large common divisor
@@ -117,7 +119,7 @@ def allocate_bits(
     budget: mean bits, "4w4a" or "3.5w4a"; 32 leaves a side as the rules have it.
     candidates: bits that a layer may get, 2 to 8.
     rules: how weights and ranges are read, and the bits of a side without budget; default: those of the paper at 8w8a.
-    key: of the draws of the calibration.
+    key: PRNG key of the draws of the calibration.
     batch_size: images forwarded at a time; no influence on the result but for rounding.
     progress: show a bar.
     devices: number of devices, devices, or None (all accelerators, or one CPU).

@@ -25,8 +25,8 @@ RADII = (0.03, 1.0)
 _MAX_LEAVES = 5000
 _CHUNK = 32  # leaves drawn and tested at a time
 _WORDS = 9  # random numbers a leaf: radius, centre, kind, turn, corners
-_FEW = 64  # pixels, below which gathering the rest does not pay
-_STAGES = 5
+_FEW = 32  # pixels, below which gathering the rest does not pay
+_PARTS = (1, 2, 8)  # of the pixels: what a stage tests; each stage is compiled
 _NONE = -1
 _TOGETHER = 64  # images at a time: what a step looks at stays in the cache, and few wait for the slowest
 
@@ -122,8 +122,8 @@ def _lay(
 ) -> Array:
   """Images `first` to `first + count`: for each pixel the number of the first leaf that covers it, then its colour.
 
-  A pixel that is covered needs no further tests, and most are covered soon: whenever at most half of the pixels of every
-  image are left, the rest is gathered and only that is tested.
+  A pixel that is covered needs no further tests, and most are covered soon: when at most a half, and then an eighth, of the
+  pixels of every image are left, these are gathered and only they are tested.
   """
   height, width, channels = image_shape
   pixels = height * width
@@ -146,9 +146,7 @@ def _lay(
   where = jnp.broadcast_to(jnp.arange(pixels), (count, pixels))
   winners = jnp.full((count, pixels), _NONE, jnp.int32)
   local = winners
-  sizes = [pixels]
-  while sizes[-1] > _FEW and len(sizes) < _STAGES:
-    sizes.append(-(-sizes[-1] // 2))
+  sizes = [-(-pixels // part) for part in _PARTS if part == 1 or pixels > _FEW * part]
   for size, smaller in zip(sizes, [*sizes[1:], 0]):
 
     def unfinished(carry: _Carry, smaller: int = smaller) -> Array:

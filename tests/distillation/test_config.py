@@ -60,7 +60,7 @@ def test_presets_are_the_published_settings() -> None:
   assert cifar.mixup == imagenet.mixup == Mixup(lam=0.5)
   short = DistillConfig.preset("short", steps=20)
   assert (short.steps, short.learning_rate, short.mixup) == (20, 0.01, None)
-  with pytest.raises(KwjaxError, match="unknown preset 'paper'; known: cifar, imagenet, short"):
+  with pytest.raises(KwjaxError, match="unknown preset 'paper'; known: cifar, imagenet, noise, short"):
     DistillConfig.preset("paper")
 
 

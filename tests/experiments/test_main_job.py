@@ -209,6 +209,8 @@ def test_float_copy_and_integer_weights(folder: pathlib.Path) -> None:
     "none",
     "--weight-reading",
     "affine0",
+    "--distill-steps",
+    "0",
   ]
   assert cifar_bns.main(arguments(folder, "integers", *more)) == 0
   report = json.loads((folder / "integers" / "report.json").read_text())
