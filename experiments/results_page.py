@@ -37,9 +37,9 @@ _PREFACE = """# Results
 Made by `python -m experiments.results_page` out of the reports in [results]({reports}); not written by hand.
 
 The numbered tables and figures are those of [Haroush et al. (2020), The Knowledge Within](https://arxiv.org/abs/1912.01274);
-the paper's numbers are those of its own networks. A cell: mean ± standard deviation over seeds (number of seeds), then the paper's number. No
-deviation: one seed; no number of seeds: nothing is random. Under each table stand the machine, the date, the last
-command of the run (a table can be filled over several) and how every cell was measured.
+the paper's numbers are those of its own networks. A cell: mean ± standard deviation over seeds (number of seeds), then the
+paper's number. No deviation: one seed; no number of seeds: nothing is random. Under each table stand the machine, the
+date, the last command of the run (a table can be filled over several) and how every cell was measured.
 """
 _REFERENCE = re.compile(r"\{\{([^|{}]+)\|([^|{}]+)\|([^|{}]+)\}\}")
 
