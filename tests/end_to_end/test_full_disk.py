@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import subprocess
@@ -56,9 +57,12 @@ def resize(place: pathlib.Path, kilobytes: int) -> None:
 
 
 def kept(workdir: pathlib.Path) -> dict[str, bytes]:
-  """Finished results, which no later failure may touch."""
-  patterns = ("settings.json", "stages/*.json", "*/images/batch-*")
-  return {str(p): p.read_bytes() for pattern in patterns for p in workdir.glob(pattern)}
+  """Finished results, which no later failure may touch; a shard is finished once its manifest names it."""
+  found = [path for pattern in ("settings.json", "stages/*.json") for path in workdir.glob(pattern)]
+  for manifest in workdir.glob("*/images/manifest.json"):
+    shards = json.loads(manifest.read_text())["shards"].values()
+    found += [manifest.parent / part["file"] for entry in shards for part in entry.get("parts", [entry])]
+  return {str(path): path.read_bytes() for path in found}
 
 
 @pytest.mark.slow
