@@ -187,7 +187,8 @@ def _filled(text: str, study: str, stored: Sequence[Stored]) -> str:
     for kept in known[name]["tables"] if name in known else ():
       table, results = results_store.as_table(kept)
       if over_seeds(results.get((row, column))) is not None:
-        return _plain(cell_text(results[row, column], table.unit_of(column)))
+        # The table says how many seeds there are; in a sentence "(1)" behind every number only disturbs.
+        return _plain(cell_text(results[row, column], table.unit_of(column)).removesuffix(" (1)"))
     raise KwjaxError(
       f"{study}.md names {match.group(0)}, which was not measured; kept reports: {', '.join(known) or 'none'}"
     )

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 # Eight CPU devices for the whole run, before jax is imported: tests of many devices use them, all others use the first.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
+import jax
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+  """Half the time of a test of tiny networks is LLVM's optimizer; modules whose programs run long are marked `optimized`.
+
+  What the experiments run in processes of their own is compiled as users have it.
+  """
+  jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

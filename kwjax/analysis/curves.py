@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kwjax.analysis.drawing import DPI, GREY, colour_of, plain_axes, plain_text, save_figure
 from kwjax.errors import KwjaxError
@@ -82,10 +83,14 @@ def _draw(axes: Axes, panel: CurvePanel) -> None:
       axes.annotate(plain_text(str(text)), (a, b), (4, 4), textcoords="offset points", fontsize=8)
   if not drawn:
     raise KwjaxError(f"curve_panels: nothing to draw of {panel.ylabel}")
-  if "x" in panel.log:
-    axes.set_xscale("log")
-  if "y" in panel.log:
-    axes.set_yscale("log")
+  for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+    if name in panel.log:
+      axes.set(**{f"{name}scale": "log"})
+      low, high = axis.get_view_interval()
+      # Within a decade matplotlib would label the minor ticks, one over the other.
+      axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+      axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+      axis.set_minor_formatter(NullFormatter())
   for text, place in panel.marks.items():
     axes.axvline(place, color=GREY, linestyle="--", linewidth=1)
     # Height in the frame of the axes, so that no scale moves it.

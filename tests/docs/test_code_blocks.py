@@ -101,11 +101,7 @@ def workplace(given: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.M
   kept = [dict(table) for table in tables]
   info = ModelInfo(_ARCH, "small", _SHAPE, 10, (0.5,) * 3, (0.25,) * 3, 0.9, 1e-5, "for the pages")
   register_model(info, SmallNet)
-  fast = jax.config.read("jax_disable_most_optimizations")
-  # Nothing here runs long enough to pay for an optimized program.
-  jax.config.update("jax_disable_most_optimizations", True)
   yield
-  jax.config.update("jax_disable_most_optimizations", fast)
   for table, before in zip(tables, kept, strict=True):
     table.clear()
     table.update(before)
@@ -120,10 +116,12 @@ def _with(language: str) -> list[pathlib.Path]:
 @pytest.mark.usefixtures("workplace")
 def test_python_blocks_run(page: pathlib.Path) -> None:
   namespace: dict[str, Any] = {"__name__": "__main__", "np": np, "kwjax": kwjax}
+  before = set(namespace)
   for block in blocks(page.read_text()):
     if block.language in ("python", "test"):
       # Line numbers of a traceback are then those of the page.
       exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+  assert set(namespace) - before - {"__builtins__"}, "no block has left a name"
 
 
 class _ParsedError(Exception):

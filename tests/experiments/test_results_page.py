@@ -122,7 +122,7 @@ def test_sections_follow_the_paper_and_the_rest_says_not_measured(tmp_path: path
 def test_words_take_their_numbers_from_the_reports(tmp_path: pathlib.Path) -> None:
   report = stored(tmp_path, "table2_cifar", "kept")
   page = render([report], {"table2_cifar": "Real images reach {{kept | real | 4w4a*}}, J_KL {{kept|real|J_KL}}."})
-  assert "Real images reach 91.00 ± 1.41 (2), J_KL 0.04190." in page
+  assert "Real images reach 91.00 ± 1.41 (2), J_KL 0.04190." in page, "no number of seeds where there is one"
   for reference in ("{{kept | bns | 4w4a*}}", "{{kept | real | 8w8a}}", "{{other | real | 4w4a*}}"):
     with pytest.raises(KwjaxError, match=r"table2_cifar\.md names .* which was not measured"):
       render([report], {"table2_cifar": reference})
@@ -132,7 +132,7 @@ def test_words_take_their_numbers_from_the_reports(tmp_path: pathlib.Path) -> No
   ("text", "expected"),
   [
     ("/data/set/cifar10.npz:test", "cifar10.npz:test"),
-    ("cifar10=../shared/x.npz:train", "cifar10=x.npz:train"),
+    ("cifar10=../data/x.npz:train", "cifar10=x.npz:train"),
     ("~/nets/resnet44 and ./here", "resnet44 and here"),
     ("tfds:/data/cifar10:test", "tfds:cifar10:test"),
     ("(/data/x.npz)", "(x.npz)"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -70,15 +70,6 @@ def make_network(module: nn.Module, shape: tuple[int, int, int], evaluation: dic
 def style(request: pytest.FixtureRequest) -> Style:
   module, shape, evaluation = STYLES[request.param]
   return Style(make_network(module, shape, evaluation), evaluation, jax.random.uniform(jax.random.key(3), (8, *shape)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-  """Less optimized programs: for networks this small the compiler takes longer than the work."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def batch_norm_inputs(style: Style) -> dict[str, np.ndarray]:

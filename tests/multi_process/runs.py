@@ -41,6 +41,8 @@ def started(
     "KWJAX_CACHE": str(cache),
     "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    # As the tests compile their own programs: numbers are compared with those.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
   }
   running = []
   for index in range(PROCESSES):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,14 +14,6 @@ from tests.multi_process import worker
 from tests.multi_process.runs import ended, started, wait_until
 
 STEPS = 250
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-  """For the workers alone: most of their time is compilation, and nothing here depends on the speed of a step."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-    yield
 
 
 @pytest.fixture(scope="module")
