@@ -115,7 +115,7 @@ def torch_network(arch: str, *, image_size: int | None = None) -> Any:
     except ImportError as error:
       raise KwjaxError(f"{EXTRA} ({error})") from error
     network = EfficientNet.from_name("efficientnet-lite0")
-  elif info.family in ("resnet", "mobilenet_v2", "densenet"):
+  elif info.family in ("resnet", "mobilenet_v2", "densenet") and info.image_shape[0] == 224:
     network = getattr(import_torchvision().models, arch)(weights=None)
   else:
     raise KwjaxError(f"there is no PyTorch form of {arch} to compare with")

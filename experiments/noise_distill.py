@@ -4,54 +4,78 @@
     python -m experiments.noise_distill --network networks/resnet20 --student resnet8 --eval-data cifar10.npz:test
 
 No image is optimized: the teacher answers noise, and a student of any architecture learns its answers from scratch. Rows: the
-noise, Gaussian pixels N(0, 1) in the teacher's normalized input space, or dead leaves. Columns: the share P of the teacher's
-BatchNorm layers, drawn at random, that keep their running statistics; the others use the statistics of the batch, without
-which noise is so far from what the layers know that the answers mean nothing. --running-fractions chooses the columns.
+noise, Gaussian pixels N(0, 1) in the teacher's normalized input space (--gaussian-space pixel: N(1/2, 1/4^2), clipped to
+[0, 1]), or dead leaves. Columns of the first table: the share P of the teacher's BatchNorm layers, drawn at random, that keep
+their running statistics; the others use the statistics of the batch, without which noise is so far from what the layers know
+that the answers mean nothing. --running-fractions chooses the columns; three and more are also a curve. Columns of the second
+table, measured only where --columns names them: the batch size B at P=0, with as many images in all as in the first table,
+so the fewer steps the larger the batch.
 
-A cell is the top-1 of the student after its running statistics were made anew from the evaluation images, without their labels
-(`kwjax.adjust_statistics`; published: the statistics of each test batch). The report also has its top-1 with the statistics
-that it learned from noise, under `own`. The published students: ResNet-34 into ResNet-18, 200 epochs of 196 steps of 256, Adam
-0.001; Gaussian with running statistics 13.49, with current ones 85.98, dead leaves with current ones 89.4; the teacher
-93.29. --preset cpu is a thousandth of that work: an ordering, no accuracy to be compared.
+    python -m experiments.noise_distill ... --rows dead_leaves --columns B=32 B=128 B=512
+
+A cell is the top-1 of the student by --evaluation: after its running statistics were made anew from the evaluation images,
+without their labels (adjusted: `kwjax.adjust_statistics`), with the statistics of each batch of evaluation images (current:
+what was published), or with what it learned from noise (own). All three are in the report and cost one student.
+
+Published: ResNet-34 into ResNet-18, 200 epochs of 196 steps of 256, noise drawn anew at every step (--fresh), Adam 0.001, a
+tenth of it when the loss has not fallen for 10 epochs (--schedule plateau); Gaussian with running statistics 13.49, with
+current ones 85.98, dead leaves with current ones 89.4; the teacher 93.29. The published scheduler looked at the labelled test
+loss; here it sees the loss of the distillation. --preset cpu is a thousandth of that work, from a pool of noise images
+that is seen several times (a step with noise of its own takes longer), with Adam 0.01 under a cosine, because a plateau needs
+longer runs: an ordering, no accuracy to be compared. With a GPU, as published: --preset paper --fresh --student resnet18_cifar.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from experiments.launch import relaunch_with_huge_pages
 
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-import numpy as np
 import tyro
 
-from experiments import cost, stages
-from experiments.common import run_command, say
-from experiments.sources import identity, short_name
-from experiments.stages import DISTILL_KEY, GAUSSIAN_KEY, Site
+from experiments import cost
+from experiments.common import run_command
+from experiments.noise_student import DEAD_LEAVES, GAUSSIAN, NOISES, Evaluation, Recipe, Space
+from experiments.options import ByPreset
+from experiments.sources import short_name
+from experiments.stages import Site
 from experiments.study import Cell, CellPlan, Setup, Study, StudyOptions, run
-from experiments.tables import Table
+from experiments.study_report import draw_bars
+from experiments.tables import Results, Table, over_seeds
 from experiments.train_options import architecture
-from kwjax.batchnorm import adjust_statistics, current_layers
-from kwjax.distillation import DistillConfig, distill
+from kwjax.analysis.curves import CurvePanel, curve_panels
+from kwjax.distillation import DistillConfig
 from kwjax.errors import KwjaxError
-from kwjax.models import get_model
-from kwjax.network import Network, fingerprint
+from kwjax.network import fingerprint
 from kwjax.runtime.data import ImageData
-from kwjax.synthesis import dead_leaves, gaussian_images
-from kwjax.training import initial_variables
+from kwjax.runtime.report import Picture
 
-NOISES = ("gaussian", "dead_leaves")
 _POOL = {"cpu": 8192, "paper": 50_176, "smoke": 32}
 _STEPS = {"cpu": 600, "paper": 39_200, "smoke": 3}
 _BATCH = {"cpu": 128, "paper": 256, "smoke": 8}
-_PUBLISHED = {("gaussian", 1.0): 13.49, ("gaussian", 0.0): 85.98, ("dead_leaves", 0.0): 89.4}
-_WEIGHTS_KEY, _LAYERS_KEY = 101, 102
+# The published 0.001 of Adam is for long runs: 600 steps from dead leaves with P=0, ResNet-20 into ResNet-8, ended at 15.8 %
+# with it and at 25.5 % with 0.01 (one seed).
+_ADAM = {"cpu": 1e-2, "paper": 1e-3, "smoke": 1e-2}
+_SGD = 0.1
+_EPOCH = 50_176  # images: the published 196 steps of 256, over which the loss is averaged
+BATCH_SIZES = (32, 64, 128, 256, 512)
+_BY_SHARE = {
+  (GAUSSIAN, 1.0): 13.49,
+  (GAUSSIAN, 0.0): 85.98,
+  (DEAD_LEAVES, 0.9): 18.26,
+  (DEAD_LEAVES, 0.75): 57.73,
+  (DEAD_LEAVES, 0.5): 79.54,
+  (DEAD_LEAVES, 0.25): 82.24,
+  (DEAD_LEAVES, 0.0): 89.4,
+}
+_BY_BATCH = dict(zip(BATCH_SIZES, (88.09, 88.21, 89.35, 89.40, 89.19)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,137 +86,201 @@ class Options(StudyOptions):
   """Architecture of the student: a known one, or resnetN of CIFAR with N = 6n + 2."""
   running_fractions: tuple[float, ...] = (1.0, 0.0)
   """Shares P of the teacher's BatchNorm layers that keep their running statistics, the columns."""
-  pool: int | None = None
-  """Noise images, seen again every epoch. Default: by --preset."""
+  fresh: bool = False
+  """Draw the noise of every step anew, as published, instead of making a pool before the first one."""
+  pool: ByPreset = None
+  """Noise images, seen again every epoch; without --fresh."""
   shapes: str = "mixed"
   """Shape of the dead leaves: mixed, circle, square, oriented_square, rectangle, triangle or quadrilateral."""
+  gaussian_space: Space = "normalized"
+  """normalized: N(0, 1) in the teacher's input space, not clipped, as published. pixel: N(1/2, 1/4^2) clipped to [0, 1]."""
+  optimizer: Literal["adam", "sgd"] = "adam"
+  """Adam, as published, or SGD with momentum 0.9. --distill-learning-rate is by default 0.1 for SGD, and for Adam 0.001 under
+  --preset paper, else 0.01."""
+  schedule: Literal["cosine", "constant", "plateau"] | None = None
+  """Learning rate: a cosine to zero, constant, or a tenth of it whenever the loss of the distillation has stopped falling.
+  Default: plateau under --preset paper, else cosine."""
+  plateau_steps: ByPreset = None
+  """Steps whose mean loss the plateau looks at. Default: the published epoch of 50,176 images."""
+  plateau_patience: int = 10
+  """How many such means in a row may bring no new lowest one before the next cuts the learning rate."""
+  evaluation: Evaluation = "adjusted"
+  """Statistics that the student is evaluated with: made anew from the evaluation images, of each of their batches, or its
+  own."""
 
 
-def _column(fraction: float) -> str:
+def share_column(fraction: float) -> str:
+  """Column of a share of layers on running statistics."""
   return f"P={fraction:g}"
+
+
+def batch_column(batch: int) -> str:
+  """Column of a batch size."""
+  return f"B={batch}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
   """What the cells are measured with."""
 
-  setup: Setup
   options: Options
+  setup: Setup
+  teacher: str
   evaluation: ImageData
   arch: str
   model_options: Mapping[str, Any]
-  pool: int
+  pool: int | None
   config: DistillConfig
 
-  def student(self, seed: int) -> Network:
-    """With random weights, on the teacher's inputs."""
-    teacher = self.setup.network
-    model_options = {"num_classes": teacher.num_classes, **self.model_options}
-    module = get_model(self.arch, **model_options)
-    variables = initial_variables(module, teacher.image_shape, key=stages.stream_key(seed, _WEIGHTS_KEY))
-    return Network(
-      module,
-      variables,
-      image_shape=teacher.image_shape,
-      input_mean=teacher.input_mean,
-      input_std=teacher.input_std,
-      name=self.options.student,
-      arch=self.arch,
-      model_options=model_options,
+  def recipe(self, row: str, column: str) -> Recipe:
+    """The student of a cell."""
+    name, value = column.split("=")
+    options, config = self.options, self.config
+    if name == "B":
+      ratio, batch = config.batch_size / int(value), int(value)
+      steps, averaged = (max(1, round(ratio * count)) for count in (config.steps, config.plateau_steps))
+      config = config.replace(batch_size=batch, steps=steps, plateau_steps=averaged)
+    return Recipe(
+      self.teacher,
+      options.student,
+      self.arch,
+      self.model_options,
+      row,
+      options.shapes,
+      options.gaussian_space,
+      self.pool,
+      float(value) if name == "P" else 0.0,
+      config,
+      self.evaluation,
+      options.evaluation,
     )
-
-  def noise(self, name: str, site: Site, seed: int) -> np.ndarray:
-    """The pool f32[n,h,w,c], or u8 for dead leaves, whose colours are in [0, 1]."""
-    key, teacher = stages.stream_key(seed, GAUSSIAN_KEY), site.network
-    if name == "gaussian":
-      return np.asarray(gaussian_images(key, self.pool, teacher.image_shape, teacher.input_mean, teacher.input_std))
-    devices, shapes = site.group.local.devices, self.options.shapes
-    images = dead_leaves(key, self.pool, teacher.image_shape, shapes=shapes, devices=devices)
-    return np.round(np.asarray(images) * 255.0).astype(np.uint8)
 
   def plan(self, table: Table, row: str, column: str) -> CellPlan:
     """How one cell is measured."""
-    fraction, config = float(column.removeprefix("P=")), self.config
-    settings = {
-      "teacher": fingerprint(self.setup.network),
-      "student": [self.arch, dict(self.model_options)],
-      "noise": [row, self.pool, self.options.shapes if row == "dead_leaves" else ""],
-      "running_fraction": fraction,
-      "distillation": config.to_json(),
-      "evaluation": identity(self.evaluation),
-    }
-    protocol = (
-      f"{self.options.student} from scratch, {config.steps} steps of {config.batch_size} from {self.pool} {row} images, Adam "
-      f"{config.learning_rate:g}; teacher: {fraction:.0%} of the BatchNorm layers on running statistics; top-1 on "
-      f"{len(self.evaluation)} images of {short_name(self.evaluation)} with statistics of these images"
-    )
-
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
-      layers = current_layers(site.network, fraction, stages.stream_key(seed, _LAYERS_KEY))
-      site.shutdown_point()
-      say(f"making {self.pool} {row} images")
-      pool = self.noise(row, site, seed)
-      student = distill(
-        self.student(seed),
-        site.network,
-        pool,
-        config.replace(current=layers, checkpoint_every=site.checkpoint_steps),
-        key=stages.stream_key(seed, DISTILL_KEY),
-        workdir=site.scratch,
-        devices=site.group,
-        progress=True,
-      )
-      own = stages.top1(site, student, self.evaluation)
-      images = self.evaluation.read(np.arange(len(self.evaluation)))
-      adjusted = adjust_statistics(student, images, batch_size=config.batch_size, devices=site.group)
-      return {**stages.top1(site, adjusted, self.evaluation), "own": own["value"], "current": list(layers)}
-
-    return CellPlan(settings, protocol, compute)
+    recipe = self.recipe(row, column)
+    return CellPlan(recipe.settings, recipe.words, recipe.measure)
 
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""
-    trained = len(cells) * self.config.steps * self.config.batch_size
-    return f"noise         {self.pool} images; {len(cells)} students of {self.config.steps} steps\n" + cost.estimate(
-      self.setup.network, synthesized=0, trained=trained, evaluated=2 * len(cells) * len(self.evaluation)
+    configs = [self.recipe(cell.row, cell.column).config for cell in cells]
+    source = "drawn anew at every step" if self.pool is None else f"{self.pool} images"
+    lengths = ", ".join(map(str, sorted({config.steps for config in configs})))
+    return f"noise         {source}; {len(cells)} students of {lengths} steps\n" + cost.estimate(
+      self.setup.network,
+      synthesized=0,
+      trained=sum(config.steps * config.batch_size for config in configs),
+      evaluated=3 * len(cells) * len(self.evaluation),
     )
 
 
+def draw(
+  site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+) -> Mapping[str, pathlib.Path | Picture]:
+  """Bars of each table, and a curve of a noise over its columns where at least three of them were measured."""
+  pictures: dict[str, pathlib.Path | Picture] = dict(draw_bars(site, folder, tables, results))
+  xlabels = ("share P of the teacher's BatchNorm layers on running statistics", "batch size B")
+  for table, xlabel, log in zip(tables, xlabels, ("", "x")):
+    curves = {row: points for row in table.rows if len(points := _points(table, results[table.title], row)) >= 3}
+    if curves:
+      panel = CurvePanel(
+        xlabel,
+        "top-1 (%)",
+        {row: ([x for x, _, _ in points], [y for _, y, _ in points]) for row, points in curves.items()},
+        log=log,
+        points={row: [f"{y:.1f}" for _, y, _ in points] for row, points in curves.items()},
+        spread={row: [std for _, _, std in points] for row, points in curves.items()},
+      )
+      drawn = curve_panels([panel], folder / f"curve-{xlabel.split()[0]}.png")
+      pictures[f"Top-1 by {xlabel}"] = Picture(drawn, "Means over seeds; bars are one standard deviation up and down.")
+  return pictures
+
+
+def _points(table: Table, results: Results, row: str) -> list[tuple[float, float, float]]:
+  """(value of the column, mean in percent, standard deviation) of what was measured of a row, ascending."""
+  found = [(float(column.split("=")[1]), over_seeds(results.get((row, column)))) for column in table.columns]
+  points = [(x, 100 * s.mean, 100 * (s.std or 0.0)) for x, s in found if s is not None and s.mean is not None]
+  return sorted(points)
+
+
+def distillation(options: Options) -> DistillConfig:
+  """Settings of the distillation for one command line, at the batch size of the first table.
+
+  Raises:
+    KwjaxError: a number is out of range.
+  """
+  steps, batch, rate = options.distill_steps, options.distill_batch_size, options.distill_learning_rate
+  batch = _BATCH[options.preset] if batch is None else batch
+  averaged = options.plateau_steps
+  return DistillConfig.preset(
+    "noise",
+    steps=_STEPS[options.preset] if steps is None else steps,
+    batch_size=batch,
+    algorithm=options.optimizer,
+    learning_rate=(_ADAM[options.preset] if options.optimizer == "adam" else _SGD) if rate is None else rate,
+    schedule=options.schedule or ("plateau" if options.preset == "paper" else "cosine"),
+    plateau_steps=max(1, round(_EPOCH / max(batch, 1))) if averaged is None else averaged,
+    plateau_patience=options.plateau_patience,
+  )
+
+
+def tables_of(options: Options, teacher: str) -> tuple[Table, Table]:
+  """By share of layers on running statistics, and by batch size."""
+  fractions = tuple(dict.fromkeys(options.running_fractions))
+  return (
+    Table(
+      title=f"Distillation from noise: {teacher} into {options.student}, top-1 (%) by noise and share P of BatchNorm "
+      "layers on running statistics",
+      rows=NOISES,
+      columns=tuple(map(share_column, fractions)),
+      paper={(n, share_column(p)): value for (n, p), value in _BY_SHARE.items() if p in fractions},
+      note="Published: CIFAR-10, ResNet-34 (93.29) into ResNet-18, 39,200 steps of 256. Its curve over P is said to be of "
+      "Gaussian noise, but ends at P=0 with the number of dead leaves: it stands in their row here.",
+    ),
+    Table(
+      title=f"Distillation from noise: {teacher} into {options.student}, top-1 (%) by noise and batch size B, P=0",
+      rows=NOISES,
+      columns=tuple(map(batch_column, BATCH_SIZES)),
+      paper={(DEAD_LEAVES, batch_column(batch)): value for batch, value in _BY_BATCH.items()},
+      optional=tuple(map(batch_column, BATCH_SIZES)),
+      note="Equally many images in all in every column. Published: ResNet-34 into ResNet-18.",
+    ),
+  )
+
+
 def build(setup: Setup) -> Study:
-  """The table for the teacher of the command line."""
+  """The tables for the teacher of the command line."""
   options = setup.options
   assert isinstance(options, Options)
   arch, model_options = architecture(options.student)
   pool = options.pool if options.pool is not None else _POOL[options.preset]
   if pool < 1:
     raise KwjaxError(f"--pool must be at least 1, found {pool}")
+  if options.fresh and options.pool is not None:
+    raise KwjaxError("--fresh draws the noise of every step anew: leave --pool out")
   if not options.running_fractions or any(not 0.0 <= p <= 1.0 for p in options.running_fractions):
     raise KwjaxError(f"--running-fractions takes shares in [0, 1], found {options.running_fractions}")
-  steps, batch, rate = options.distill_steps, options.distill_batch_size, options.distill_learning_rate
-  config = DistillConfig.preset(
-    "noise",
-    steps=_STEPS[options.preset] if steps is None else steps,
-    batch_size=_BATCH[options.preset] if batch is None else batch,
-    learning_rate=1e-3 if rate is None else rate,
-  )
-  work = _Work(setup, options, setup.labelled(), arch, model_options, pool, config)
-  fractions = tuple(dict.fromkeys(options.running_fractions))
-  table = Table(
-    title=f"Distillation from noise: {setup.network.name} into {options.student}, top-1 (%) by noise and share P of BatchNorm "
-    "layers on running statistics",
-    rows=NOISES,
-    columns=tuple(map(_column, fractions)),
-    paper={(n, _column(p)): value for (n, p), value in _PUBLISHED.items() if p in fractions},
-    note="Published: CIFAR-10, ResNet-34 (93.29) into ResNet-18, 39,200 steps of 256.",
+  evaluation = setup.labelled()
+  work = _Work(
+    options,
+    setup,
+    fingerprint(setup.network),
+    evaluation,
+    arch,
+    model_options,
+    None if options.fresh else pool,
+    distillation(options),
   )
   return Study(
-    tables=(table,),
+    tables=tables_of(options, setup.network.name),
     plan=work.plan,
     protocol={
-      "data used": "none: noise; the evaluation images, without labels, give the student's running statistics",
-      "evaluation images": f"{len(work.evaluation)} of {short_name(work.evaluation)}",
+      "data used": "none: noise; unless --evaluation is own, the evaluation images, without labels, give the student's "
+      "BatchNorm statistics",
+      "evaluation images": f"{len(evaluation)} of {short_name(evaluation)}",
       "student": f"{options.student}, random weights",
     },
     describe=work.describe,
+    figures=draw,
   )
 
 

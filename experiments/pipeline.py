@@ -187,11 +187,15 @@ def execute(job: Job) -> None:
   scorer = Scorer(site.network, held_out, job.eval_data, devices=site.group, should_stop=site.should_stop)
   float_result = site.stages.once("float", lambda: scorer.score(site.network))
   quantized, scores = calibrate_all(job, calibration, scorer)
-  tuned = fine_tune(job, quantized[job.options.bits[-1]][scheme], calibration[scheme], scorer)
+  lowest = job.options.bits[-1]
+  tuned = fine_tune(job, quantized[lowest][scheme], scores[lowest][scheme], calibration[scheme], scorer)
+  keeps_tuned = tuned is not None and results.is_closer(tuned[1], scores[lowest][scheme])
+  if tuned is not None and not keeps_tuned:
+    say("fine-tuning has brought it no closer to the float network on the held-out images: the calibrated copy is kept")
   say("writing the report")
   if not processes.is_main():
     return
-  final = tuned[0] if tuned else quantized[job.options.bits[-1]][scheme]
+  final = tuned[0] if tuned is not None and keeps_tuned else quantized[lowest][scheme]
   save_quantized(final, site.stages.folder / "quantized")
   results.write(
     site.stages.folder,
@@ -203,8 +207,8 @@ def execute(job: Job) -> None:
       calibration={data: len(images) for data, images in calibration.items()},
       held_out=len(held_out),
       eval_name=job.eval_data.name if job.eval_data else None,
-      final_name=final.name,
-      integers=f"{len(representable_weights(final))} of {len(job.rules[job.options.bits[-1]].resolve(site.network))} layers "
+      final_name=f"{final.name}, {'fine-tuned' if keeps_tuned else 'calibrated'}",
+      integers=f"{len(representable_weights(final))} of {len(job.rules[lowest].resolve(site.network))} layers "
       "with integer weights beside the float ones",
       class_names=job.class_names,
     ),
@@ -266,12 +270,17 @@ def calibrate_all(
 
 
 def fine_tune(
-  job: Job, student: QuantizedNetwork, images: np.ndarray, scorer: Scorer
+  job: Job, student: QuantizedNetwork, calibrated: results.Score, images: np.ndarray, scorer: Scorer
 ) -> tuple[QuantizedNetwork, dict[str, Any]] | None:
-  """Distill the float network into the last precision of --bits; the tuned network and its score, or None for 0 steps."""
+  """Distill the float network into the last precision of --bits, whose score is `calibrated`.
+
+  Returns:
+    the tuned network and its score, or None for 0 steps.
+  """
   if job.chosen.distill_steps == 0:
     return None
-  config = distill_config(job.options, job.site.network, job.chosen, job.config.scheme)
+  near = method_of(job.options).corrects_variance and results.is_near(calibrated)
+  config = distill_config(job.options, job.site.network, job.chosen, job.config.scheme, near=near)
   tuned = fine_tuned(job.site, student, images, config, key=job.key(DISTILL_KEY))
   score = job.site.stages.once("distilled", lambda: scorer.score(tuned))
   say(f"fine-tuned {student.name}: {results.in_words(score)}")

@@ -270,7 +270,9 @@ def fine_tuned(
   return trained
 
 
-def distill_config(options: Options, network: Network, chosen: Sizes, scheme: str) -> DistillConfig:
+def distill_config(
+  options: Options, network: Network, chosen: Sizes, scheme: str, *, near: bool = False
+) -> DistillConfig:
   """Settings of a fine-tuning: published ones under --preset paper, else those that suit a short run.
 
   Args:
@@ -278,11 +280,12 @@ def distill_config(options: Options, network: Network, chosen: Sizes, scheme: st
     network: its image size tells CIFAR's settings from ImageNet's.
     chosen: steps and batch size.
     scheme: of the images.
+    near: whether the student's corrected moments have brought it near the float network already.
   """
   small = network.image_shape[0] <= 64
-  # Noise has other statistics than data, so the running ones are kept; and without the batch's own statistics only a
-  # tenth of the learning rate is stable.
-  frozen = scheme == GAUSSIAN
+  # Noise has other statistics than data, and the statistics of a batch would throw a correction away, so the running ones
+  # are kept; and without the batch's own only a tenth of the learning rate is stable, or less next to a good start.
+  frozen = scheme == GAUSSIAN or near
   changes: dict[str, Any] = {
     "steps": chosen.distill_steps,
     "batch_size": chosen.distill_batch_size,
@@ -293,6 +296,6 @@ def distill_config(options: Options, network: Network, chosen: Sizes, scheme: st
   if options.distill_learning_rate is not None:
     changes["learning_rate"] = options.distill_learning_rate
   elif frozen:
-    changes["learning_rate"] = 0.01 if options.preset == "paper" else 0.001
+    changes["learning_rate"] = 0.01 if options.preset == "paper" else 0.0001 if near else 0.001
   name = ("cifar" if small else "imagenet") if options.preset == "paper" else "short"
   return DistillConfig.preset(name, **changes)

@@ -26,6 +26,7 @@ from experiments.study_setup import Setup as Setup
 from experiments.study_setup import load
 from experiments.tables import Entry, Results, Table, cell_text
 from kwjax.errors import CheckpointError, KwjaxError
+from kwjax.network import Network
 from kwjax.runtime import processes
 from kwjax.runtime.files import read_sealed_json
 from kwjax.runtime.workdir import Shutdown
@@ -93,7 +94,13 @@ class Cell(NamedTuple):
 
 
 def run(
-  options: StudyOptions, *, name: str, build: Callable[[Setup], Study], arch: str, default: str | None = None
+  options: StudyOptions,
+  *,
+  name: str,
+  build: Callable[[Setup], Study],
+  arch: str,
+  default: str | None = None,
+  make: Callable[[], Network] | None = None,
 ) -> int:
   """A whole study for one command line.
 
@@ -103,6 +110,7 @@ def run(
     build: checks what the study needs and describes it.
     arch: an architecture that suits it, for the sentence that says how to get a network.
     default: architecture of the embedded network that is used when none is given, or None.
+    make: makes the network of a study that needs none from outside, once the devices are chosen; or None.
 
   Returns:
     exit status 0.
@@ -111,14 +119,15 @@ def run(
     KwjaxError: anything the user can mend.
     Interrupted: the run was asked to stop.
   """
-  if default is None and options.network is None and options.arch is None and options.weights is None:
+  named = default is not None or options.network or options.arch or options.weights
+  if make is None and not named:
     raise Missing(
       f"no network was given: --network FOLDER, written by python -m weights_conversion --arch {arch} --source FILE --out FOLDER"
     )
   check_seeds(options.seeds)
   group = start(options.devices, options.coordinator, options.num_processes, options.process_id)
   main_job = options.main_job()
-  network = get_network(main_job, default=default)
+  network = make() if make else get_network(main_job, default=default)
   chosen = dataclasses.replace(sizes(main_job, network), held_out=0)
   study = build(load(options, network, group, chosen))
   cells, left_out = choose(study, options)

@@ -26,8 +26,8 @@ step, a minute of compilation a column):
 
 The paper's claim is KD < KD+IQ < KD+IQ+Mix; the report says for every row whether it shows.
 
-Ours, ResNet-20 (float 91.64 on 1017 CIFAR-10 test images), 40 real images a class, `--distill-steps 300`, seed 0, 10 minutes on two
-cores (AMD EPYC); standard error of one top-1 1.2 points. The order does not show in a run this short:
+Ours, ResNet-20 (float 91.64 on 1017 CIFAR-10 test images), 40 real images a class, `--distill-steps 300`, seed 0, 10 minutes
+on two cores (AMD EPYC); standard error of one top-1 1.2 points. The order does not show in a run this short:
 
     KD 80.63    KD+IQ 77.88    KD+Mix 81.91    KD+IQ+Mix 80.83
 """

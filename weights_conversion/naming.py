@@ -62,6 +62,11 @@ def _densenet_published(path: Path) -> str:
   return _DENSE_LAYER.sub(r"\1.\2", _densenet(path))
 
 
+def _shortcut_linear(path: Path) -> str:
+  # The usual CIFAR form of ResNet-18 and 34, written before torchvision's names were everybody's.
+  return dotted(path).replace("downsample.", "shortcut.").replace("fc", "linear")
+
+
 def _underscored(path: Path) -> str:
   return ".".join(part if part.isdigit() else f"_{part}" for part in dotted(path).split("."))
 
@@ -99,4 +104,6 @@ def namings(arch: str, paths: Iterable[Path]) -> dict[str, Rule]:
     return {"efficientnet-lite-pytorch": _underscored, "timm": _timm_blocks(arch, paths)}
   if arch == "mobilenet_v2":
     return {"torchvision": dotted, "timm": _timm_blocks(arch, paths)}
+  if re.fullmatch(r"resnet(18|34)_cifar", arch):
+    return {"torchvision": dotted, "shortcut, linear": _shortcut_linear}
   return {"torchvision" if re.fullmatch(r"resnet(18|34|50|101)", arch) else "original": dotted}

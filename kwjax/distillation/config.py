@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from kwjax.distillation.mixup import Mixup
 from kwjax.errors import KwjaxError
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(key, images f32[b,h,w,c] in [0,1]) -> the same shape`; called with one image at a time, each with its own key."""
+"""`(key, images f32[b,h,w,c] in [0,1]) -> the same shape`; called with one image at a time, each with its own key.
+
+Two functions count as the same in a resumed run if their names agree, or, of an object with a method `to_json`, what that
+returns."""
+
+Schedule = Literal["cosine", "constant", "plateau"]
+SCHEDULES = typing.get_args(Schedule)
 
 # Where they decide only when the host looks or what memory holds; a run may be resumed with others.
 _WITHOUT_EFFECT = ("log_every", "checkpoint_every", "resident_bytes")
 # Left out of the settings at their defaults: runs from before they existed go on.
-_ADDED = ("algorithm", "current")
+_ADDED = ("algorithm", "current", "schedule", "plateau_factor", "plateau_patience", "plateau_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +43,13 @@ class DistillConfig:
     momentum: of SGD.
     nesterov: whether the momentum is Nesterov's.
     weight_decay: L2 penalty on all parameters, added to the gradient before the momentum.
-    warmup_steps: steps of linear warm-up; the cosine to zero takes the rest.
+    warmup_steps: steps of linear warm-up; the schedule takes the rest.
+    schedule: "cosine" to zero at the last step; "constant"; or "plateau": the rate is multiplied by `plateau_factor`
+      whenever the loss of the distillation, and nothing else, has stopped falling.
+    plateau_factor: in (0, 1); with the other two, those of Raikwar & Mishra (2022), whose scheduler is PyTorch's.
+    plateau_patience: averages in a row without a new lowest one (by 1e-4 of it) that are tolerated; the next such one
+      cuts the rate.
+    plateau_steps: steps whose mean loss is one average.
     temperature: T of `kl_divergence`.
     kl_weight: alpha of Algorithm 2.
     iq_weight: beta of Algorithm 2; 0 leaves the stages out.
@@ -62,6 +77,10 @@ class DistillConfig:
   nesterov: bool = False
   weight_decay: float = 0.0
   warmup_steps: int = 0
+  schedule: Schedule = "cosine"
+  plateau_factor: float = 0.1
+  plateau_patience: int = 10
+  plateau_steps: int = 196
   temperature: float = 1.0
   kl_weight: float = 1.0
   iq_weight: float = 1e-3
@@ -78,7 +97,7 @@ class DistillConfig:
     if self.stages is not None:
       object.__setattr__(self, "stages", tuple(self.stages))
     object.__setattr__(self, "current", tuple(self.current))
-    for name in ("batch_size", "log_every", "checkpoint_every"):
+    for name in ("batch_size", "plateau_steps", "log_every", "checkpoint_every"):
       if getattr(self, name) < 1:
         raise KwjaxError(f"{name} must be at least 1, found {getattr(self, name)}")
     if self.steps < 0 or not 0 <= self.warmup_steps <= self.steps:
@@ -86,7 +105,9 @@ class DistillConfig:
     for name in ("learning_rate", "temperature"):
       if not getattr(self, name) > 0.0:
         raise KwjaxError(f"{name} must be positive, found {getattr(self, name)}")
-    for name in ("kl_weight", "iq_weight", "weight_decay", "momentum"):
+    if not 0.0 < self.plateau_factor < 1.0:
+      raise KwjaxError(f"plateau_factor must lie between 0 and 1, found {self.plateau_factor}")
+    for name in ("kl_weight", "iq_weight", "weight_decay", "momentum", "plateau_patience"):
       if not getattr(self, name) >= 0.0:
         raise KwjaxError(f"{name} must not be negative, found {getattr(self, name)}")
     if self.kl_weight == 0.0 and self.iq_weight == 0.0:
@@ -95,6 +116,8 @@ class DistillConfig:
       raise KwjaxError(f"unknown batch_norm {self.batch_norm!r}; known: train, frozen")
     if self.algorithm not in ("sgd", "adam"):
       raise KwjaxError(f"unknown algorithm {self.algorithm!r}; known: sgd, adam")
+    if self.schedule not in SCHEDULES:
+      raise KwjaxError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
 
   @classmethod
   def preset(cls, name: str, **changes: Any) -> DistillConfig:
@@ -103,8 +126,9 @@ class DistillConfig:
     - "cifar": 16,000 steps (80 epochs of 200), batch 256, learning rate 0.1, IQ weight 1e-3, mixup 0.5; Haroush et al.
       (2020), section 4.2 and appendix.
     - "imagenet": 44,000 steps (110 epochs of 400), IQ weight 1e-2 (the appendix; section 4.2 says 1e-3).
-    - "noise": Adam at 0.001, batch 256, every BatchNorm layer of the teacher on the statistics of the batch, no IQ; Raikwar &
-      Mishra (2022), who take 196 steps an epoch for 200 epochs.
+    - "noise": Adam at 0.001, a tenth of it whenever the loss of 11 epochs has brought no new lowest one, batch 256, every
+      BatchNorm layer of the teacher on the statistics of the batch, no IQ; Raikwar & Mishra (2022), who take 196 steps
+      an epoch for 200 epochs.
     - "short": 200 steps of 128, learning rate 0.01, no IQ and no mixup, which do not pay before some thousand steps.
 
     The paper's "short warm-up" is read as one epoch.
@@ -121,22 +145,45 @@ class DistillConfig:
     return dataclasses.replace(self, **changes)
 
   def learning_rate_at(self) -> optax.Schedule:
-    """Step -> learning rate: that of `warmup_cosine`."""
-    return warmup_cosine(self.learning_rate, self.steps, self.warmup_steps)
+    """Step -> learning rate, before the cuts of `plateau_scale`: that of `warmup_cosine`, or constant after the warm-up."""
+    if self.schedule == "cosine":
+      return warmup_cosine(self.learning_rate, self.steps, self.warmup_steps)
+    return warmup_constant(self.learning_rate, self.warmup_steps)
 
-  def optimizer(self) -> optax.GradientTransformation:
-    """SGD: v <- momentum v + g + weight_decay w;  w <- w - lr v, as PyTorch's; or Adam with its usual constants."""
+  def optimizer(self) -> optax.GradientTransformationExtraArgs:
+    """SGD: v <- momentum v + g + weight_decay w;  w <- w - lr v, as PyTorch's; or Adam with its usual constants.
+
+    Its update takes the loss as `value`, which the plateau watches: f32[], the same on every device.
+    """
     if self.algorithm == "adam":
       rule = optax.adam(self.learning_rate_at())
     else:
       rule = optax.sgd(self.learning_rate_at(), momentum=self.momentum or None, nesterov=self.nesterov)
-    return optax.chain(optax.add_decayed_weights(self.weight_decay), rule) if self.weight_decay else rule
+    rule = optax.chain(optax.add_decayed_weights(self.weight_decay), rule) if self.weight_decay else rule
+    if self.schedule != "plateau":
+      return optax.with_extra_args_support(rule)
+    # optax cuts at the average that reaches its patience, PyTorch at the one that exceeds it.
+    watch = optax.contrib.reduce_on_plateau(
+      self.plateau_factor, self.plateau_patience + 1, accumulation_size=self.plateau_steps
+    )
+    return optax.chain(rule, watch)
+
+  def plateau_scale(self, state: optax.OptState) -> jax.Array:
+    """What the cuts so far have made of the learning rate, f32[]: a power of `plateau_factor`; 1 for other schedules.
+
+    Args:
+      state: of `optimizer`, after an update: the scale that this update was made with.
+    """
+    if self.schedule != "plateau":
+      return jnp.float32(1.0)
+    assert isinstance(state, tuple)
+    return jnp.asarray(state[-1].scale, jnp.float32)
 
   def to_json(self) -> dict[str, Any]:
     """The settings that decide the result, JSON-able; functions by name."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _WITHOUT_EFFECT}
     fields["mixup"] = None if self.mixup is None else dataclasses.asdict(self.mixup)
-    fields["augment"] = None if self.augment is None else _function_name(self.augment)
+    fields["augment"] = None if self.augment is None else _function_settings(self.augment)
     defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in _ADDED}
     return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
 
@@ -154,7 +201,14 @@ def warmup_cosine(peak: float, steps: int, warmup_steps: int) -> optax.Schedule:
   return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
-def _function_name(function: Augment) -> str:
+def warmup_constant(peak: float, warmup_steps: int) -> optax.Schedule:
+  """Step -> learning rate: peak (t + 1) / (w + 1) for t < w, as in `warmup_cosine`, and the peak from t = w on."""
+  return optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+
+
+def _function_settings(function: Augment) -> Any:
+  if hasattr(function, "to_json"):
+    return function.to_json()
   named = function if hasattr(function, "__qualname__") else getattr(function, "func", type(function))
   return f"{named.__module__}.{named.__qualname__}"
 
@@ -168,6 +222,7 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
     "batch_size": 256,
     "learning_rate": 1e-3,
     "algorithm": "adam",
+    "schedule": "plateau",
     "iq_weight": 0.0,
     "current": (".*",),
   },

@@ -40,7 +40,7 @@ class DistillState(NamedTuple, Generic[Student]):
   Attributes:
     step: i32[], steps done.
     student: with its current variables.
-    optimizer: momentum of every parameter, and the step of the schedule.
+    optimizer: momentum of every parameter, the step of the schedule, and what the plateau has seen of the loss.
     bad_step: i32[], the first step at which a term was not finite, or -1. Kept here so that no step waits for the host.
     bad_term: i32[], which term it was, an index into `watched_terms`.
   """
@@ -194,7 +194,7 @@ def distill_step(
 
   params = state.student.variables["params"]
   (loss, (kl, iq, logits, batch_stats)), gradient = parallel.value_and_grad_of_copy(loss_of, axis_name)(params)
-  updates, optimizer = config.optimizer().update(gradient, state.optimizer, params)
+  updates, optimizer = config.optimizer().update(gradient, state.optimizer, params, value=loss)
   variables = {**state.student.variables, "params": optax.apply_updates(params, updates)}
   if "batch_stats" in variables:
     variables["batch_stats"] = batch_stats
@@ -219,6 +219,6 @@ def distill_step(
     "iq": sum(iq.values(), jnp.float32(0.0)),
     "agreement": agreement,
     "gradient_norm": norm,
-    "learning_rate": jnp.asarray(config.learning_rate_at()(state.step), jnp.float32),
+    "learning_rate": jnp.asarray(config.learning_rate_at()(state.step), jnp.float32) * config.plateau_scale(optimizer),
   }
   return next_state, metrics

@@ -11,7 +11,7 @@ import numpy as np
 
 from kwjax.batchnorm import matches
 from kwjax.distillation.batches import Feed, compiled_step, planner
-from kwjax.distillation.config import DistillConfig
+from kwjax.distillation.config import Augment, DistillConfig
 from kwjax.distillation.features import resolve_stages
 from kwjax.distillation.step import DistillState, Student, distill_step, initial_state, watched_terms
 from kwjax.errors import DataError, KwjaxError
@@ -23,13 +23,14 @@ from kwjax.runtime.parallel import DeviceGroup, device_group
 Callback = Callable[[int, dict[str, float], Any], None]
 """`(steps done, metrics of the last one, student)`; the student's arrays are valid during the call only."""
 
+Images = Array | np.ndarray | Augment
 _BEYOND = 10.0
 
 
 def distill(
   student: Student,
   teacher: Forwardable,
-  images: Array | np.ndarray,
+  images: Images,
   config: DistillConfig,
   *,
   key: Array,
@@ -49,7 +50,9 @@ def distill(
   Args:
     student: `QuantizedNetwork`, or a float `Network`.
     teacher: the network to agree with, in evaluation mode but for the BatchNorm layers of `config.current`.
-    images: f32[n,h,w,c] in [0,1], or u8[n,h,w,c] in 0..255; synthetic or real. Each epoch sees each of them once.
+    images: f32[n,h,w,c] in [0,1], or u8[n,h,w,c] in 0..255; synthetic or real. Each epoch sees each of them once. Or a
+      function that draws every image of every step anew, such as `fresh_dead_leaves`; it takes the place of
+      `config.augment`.
     config: how to train.
     key: PRNG key; equal arguments give equal students.
     workdir: keeps checkpoints in its folder `distillation`. A run that was killed at any moment and is started again
@@ -77,7 +80,7 @@ def distill(
 def distill_with_history(
   student: Student,
   teacher: Forwardable,
-  images: Array | np.ndarray,
+  images: Images,
   config: DistillConfig,
   *,
   key: Array,
@@ -88,6 +91,7 @@ def distill_with_history(
 ) -> tuple[Student, History]:
   """As `distill`; also returns the metrics of every `config.log_every`-th step and of the last: `step`, `loss`, ..."""
   group = device_group(devices)
+  images, config = _as_set(images, student, config)
   check_arguments(student, teacher, images, config)
   stages = resolve_stages(student, teacher, config.stages) if config.iq_weight > 0.0 else ()
   config = config.replace(stages=stages)
@@ -111,6 +115,15 @@ def distill_with_history(
     loop = Loop(group, config, store, "distill", subject, terms, _summary, progress, on_log)
     state = loop.finish(state, history, advance)
   return state.student, history
+
+
+def _as_set(images: Images, student: Forwardable, config: DistillConfig) -> tuple[Array | np.ndarray, DistillConfig]:
+  """A function that draws images as one that is applied to a set: only the shape of that is used."""
+  if not callable(images):
+    return images, config
+  if config.augment is not None:
+    raise KwjaxError("images that are drawn anew take the place of augment: set config.augment to None")
+  return np.zeros((config.batch_size, *student.image_shape), np.uint8), config.replace(augment=images)
 
 
 def check_arguments(
@@ -157,4 +170,4 @@ def _settings(student: Any, teacher: Any, images: Any, config: DistillConfig, ke
 
 
 def _summary(row: dict[str, float]) -> str:
-  return f"loss {row['loss']:.4f}, KL {row['kl']:.4f}, agreement {row['agreement']:.1%}"
+  return f"loss {row['loss']:.4f}, KL {row['kl']:.4f}, agreement {row['agreement']:.1%}, lr {row['learning_rate']:.2g}"

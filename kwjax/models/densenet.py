@@ -56,18 +56,24 @@ class DenseNet(nn.Module):
     blocks: number of layers in each dense block; (6, 12, 24, 16) for 121, (6, 12, 32, 32) for 169.
     growth: channels added by a layer.
     num_classes: number of logits.
+    small_images: the form for 32x32 images: a 3x3 stem of stride 1, straight into the first block, which begins with a
+      BatchNorm of its own; else 7x7 of stride 2, BatchNorm, ReLU and a pooling.
   """
 
   blocks: tuple[int, int, int, int]
   growth: int = 32
   num_classes: int = 1000
+  small_images: bool = False
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps normalised images f32[b,h,w,3] to logits f32[b,num_classes]; `train` makes BatchNorm use the batch."""
-    x = conv(2 * self.growth, 7, "conv0", stride=2)(x)
-    x = nn.relu(batch_norm("norm0", train)(x))
-    x = max_pool(x, 3, 2, 1)
+    if self.small_images:
+      x = conv(2 * self.growth, 3, "conv0")(x)
+    else:
+      x = conv(2 * self.growth, 7, "conv0", stride=2)(x)
+      x = nn.relu(batch_norm("norm0", train)(x))
+      x = max_pool(x, 3, 2, 1)
     for index, layers in enumerate(self.blocks, 1):
       x = DenseBlock(layers, self.growth, name=f"denseblock{index}")(x, train)
       if index < len(self.blocks):

@@ -10,6 +10,7 @@ from kwjax.models.pooling import global_average_pool
 
 # (expansion, output channels, number of blocks, stride of the first block)
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+_SECOND = 1
 
 
 class InvertedResidual(nn.Module):
@@ -42,20 +43,22 @@ class MobileNetV2(nn.Module):
     num_classes: number of logits.
     dropout_rate: dropout before the classifier in training mode (the original trained with 0.2); needs the random
       stream "dropout".
+    small_images: the form for 32x32 images: stem and second stage of stride 1, so that the last stage still has 4x4 pixels.
   """
 
   num_classes: int = 1000
   dropout_rate: float = 0.0
+  small_images: bool = False
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps normalised images f32[b,h,w,3] to logits f32[b,num_classes]; `train` makes BatchNorm use the batch."""
-    x = conv(32, 3, "features_0_0", stride=2)(x)
+    x = conv(32, 3, "features_0_0", stride=1 if self.small_images else 2)(x)
     x = relu6(batch_norm("features_0_1", train)(x))
     position = 1
-    for expansion, features, count, first_stride in _STAGES:
+    for stage, (expansion, features, count, first_stride) in enumerate(_STAGES):
       for index in range(count):
-        stride = first_stride if index == 0 else 1
+        stride = 1 if index > 0 or (self.small_images and stage == _SECOND) else first_stride
         x = InvertedResidual(features, stride, expansion, name=f"features_{position}")(x, train)
         position += 1
     x = conv(1280, 1, f"features_{position}_0")(x)

@@ -21,6 +21,7 @@ from kwjax.models.wide_resnet import WideResNet
 Builder = Callable[..., nn.Module]
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CIFAR10_MEAN, _CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 _CIFAR100_MEAN, _CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
@@ -65,6 +66,16 @@ def _imagenet(name: str, family: str, description: str) -> ModelInfo:
   )
 
 
+def _cifar10(name: str, family: str, description: str) -> ModelInfo:
+  return dataclasses.replace(
+    _imagenet(f"{name}_cifar", family, f"{description} with a stem for 32x32 images"),
+    image_shape=(32, 32, 3),
+    num_classes=10,
+    input_mean=_CIFAR10_MEAN,
+    input_std=_CIFAR10_STD,
+  )
+
+
 def _build_table() -> dict[str, tuple[ModelInfo, Builder]]:
   table: dict[str, tuple[ModelInfo, Builder]] = {}
 
@@ -97,10 +108,17 @@ def _build_table() -> dict[str, tuple[ModelInfo, Builder]]:
   for depth, (blocks, block) in resnets.items():
     text = f"ResNet-{depth} for ImageNet, torchvision's variant (He et al. 2015)"
     add(_imagenet(f"resnet{depth}", "resnet", text), functools.partial(ResNet, blocks, block))
+    if block is BasicBlock:
+      info = _cifar10(f"resnet{depth}", "resnet", f"ResNet-{depth} (He et al. 2015)")
+      add(info, functools.partial(ResNet, blocks, block, small_images=True))
   add(_imagenet("mobilenet_v2", "mobilenet_v2", "MobileNetV2 for ImageNet (Sandler et al. 2018)"), MobileNetV2)
+  info = _cifar10("mobilenet_v2", "mobilenet_v2", "MobileNetV2 (Sandler et al. 2018)")
+  add(info, functools.partial(MobileNetV2, small_images=True))
   for depth, sizes in ((121, (6, 12, 24, 16)), (169, (6, 12, 32, 32))):
     text = f"DenseNet-{depth} for ImageNet (Huang et al. 2016)"
     add(_imagenet(f"densenet{depth}", "densenet", text), functools.partial(DenseNet, sizes))
+    info = _cifar10(f"densenet{depth}", "densenet", f"DenseNet-{depth} (Huang et al. 2016)")
+    add(info, functools.partial(DenseNet, sizes, small_images=True))
   lite = dataclasses.replace(
     _imagenet("efficientnet_lite0", "efficientnet_lite", "EfficientNet-Lite0 for ImageNet (Tan and Le 2019)"),
     input_mean=(127 / 255,) * 3,

@@ -1,6 +1,7 @@
 """ResNet for ImageNet: He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), as in torchvision.
 
-The bottleneck's stride sits on its 3x3 convolution, as in torchvision ("ResNet v1.5"), not on the first 1x1.
+The bottleneck's stride sits on its 3x3 convolution, as in torchvision ("ResNet v1.5"), not on the first 1x1. The form for
+small images keeps their size in the stem, and is otherwise the same network.
 """
 
 from __future__ import annotations
@@ -62,18 +63,21 @@ class ResNet(nn.Module):
     blocks: number of blocks a stage.
     block: BasicBlock (ResNet-18, 34) or Bottleneck (50, 101).
     num_classes: number of logits.
+    small_images: the form for 32x32 images: a 3x3 stem of stride 1 and no pooling after it, so that the last stage still has
+      4x4 pixels; else 7x7 of stride 2 and a pooling.
   """
 
   blocks: tuple[int, int, int, int]
   block: type[BasicBlock] | type[Bottleneck]
   num_classes: int = 1000
+  small_images: bool = False
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps normalised images f32[b,h,w,3] to logits f32[b,num_classes]; `train` makes BatchNorm use the batch."""
-    x = conv(64, 7, "conv1", stride=2)(x)
+    x = conv(64, 3, "conv1")(x) if self.small_images else conv(64, 7, "conv1", stride=2)(x)
     x = nn.relu(batch_norm("bn1", train)(x))
-    x = max_pool(x, 3, 2, 1)
+    x = x if self.small_images else max_pool(x, 3, 2, 1)
     for stage, count in enumerate(self.blocks):
       for index in range(count):
         stride = 2 if stage > 0 and index == 0 else 1

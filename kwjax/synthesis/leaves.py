@@ -22,7 +22,7 @@ MIXED = "mixed"
 RADII = (0.03, 1.0)
 """Smallest and largest radius of a leaf, as a share of the longer side of the image."""
 
-_MAX_LEAVES = 5000
+MAX_LEAVES = 5000
 _CHUNK = 32  # leaves drawn and tested at a time
 _WORDS = 9  # random numbers a leaf: radius, centre, kind, turn, corners
 _FEW = 32  # pixels, below which gathering the rest does not pay
@@ -46,7 +46,7 @@ def dead_leaves(
   *,
   shapes: str | Sequence[str] = MIXED,
   radii: tuple[float, float] = RADII,
-  max_leaves: int = _MAX_LEAVES,
+  max_leaves: int = MAX_LEAVES,
   devices: Sequence[jax.Device] = (),
 ) -> Array:
   """Dead leaves: overlapping flat-coloured shapes whose radii follow a power law, as objects in natural images do.
@@ -73,16 +73,13 @@ def dead_leaves(
 
   Source: Baradad et al. (2021), "Learning to See by Looking at Noise"; Lee, Mumford & Huang (2001).
   """
-  kinds = _kinds(shapes)
-  smallest, largest = map(float, radii)
-  if not 0.0 < smallest < largest < float("inf"):
-    raise KwjaxError(f"radii of dead leaves need 0 < smallest < largest, found {smallest:g} and {largest:g}")
+  kinds, bounds = shape_indices(shapes), checked_radii(radii)
   places: Sequence[Any] = devices or (None,)
   each = -(-count // len(places))
   # A power of two, so that few sizes are compiled.
   together = min(_TOGETHER, 1 << max(each - 1, 0).bit_length())
   lay = functools.partial(
-    _lay, count=together, image_shape=tuple(image_shape), kinds=kinds, radii=(smallest, largest), max_leaves=max_leaves
+    lay_leaves, count=together, image_shape=tuple(image_shape), kinds=kinds, radii=bounds, max_leaves=max_leaves
   )
 
   def share(index: int) -> Array:
@@ -97,7 +94,16 @@ def dead_leaves(
   return jnp.concatenate([jax.device_put(part, places[0]) for part in shares])
 
 
-def _kinds(shapes: str | Sequence[str]) -> tuple[int, ...]:
+def checked_radii(radii: tuple[float, float]) -> tuple[float, float]:
+  """Smallest and largest radius as floats; raises KwjaxError unless 0 < smallest < largest."""
+  smallest, largest = map(float, radii)
+  if not 0.0 < smallest < largest < float("inf"):
+    raise KwjaxError(f"radii of dead leaves need 0 < smallest < largest, found {smallest:g} and {largest:g}")
+  return smallest, largest
+
+
+def shape_indices(shapes: str | Sequence[str]) -> tuple[int, ...]:
+  """Places of shapes in `LEAF_SHAPES`; raises KwjaxError for an unknown one."""
   names = LEAF_SHAPES if shapes == MIXED else (shapes,) if isinstance(shapes, str) else tuple(shapes)
   unknown = [name for name in names if name not in LEAF_SHAPES]
   if unknown or not names:
@@ -111,7 +117,7 @@ _Carry = tuple[Array, Array, list[list[Array]]]
 
 
 @functools.partial(jax.jit, static_argnames=("count", "image_shape", "kinds", "radii", "max_leaves"))
-def _lay(
+def lay_leaves(
   key: Array,
   first: Array,
   count: int,
@@ -124,6 +130,18 @@ def _lay(
 
   A pixel that is covered needs no further tests, and most are covered soon: when at most a half, and then an eighth, of the
   pixels of every image are left, these are gathered and only they are tested.
+
+  Args:
+    key: PRNG key of all images; image i depends on it and i alone.
+    first: i32[], index of the first image.
+    count: number of images n.
+    image_shape: (h, w, c).
+    kinds: of `shape_indices`.
+    radii: of `checked_radii`.
+    max_leaves: as in `dead_leaves`.
+
+  Returns:
+    f32[n,h,w,c] in [0,1].
   """
   height, width, channels = image_shape
   pixels = height * width

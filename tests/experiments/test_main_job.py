@@ -89,11 +89,15 @@ def test_page_is_self_contained_and_pictures_are_there(finished: pathlib.Path) -
   assert {p.name for p in (finished / "figures").iterdir()} == {"images.png", "jkl.png", "layers.png", "precision.png"}
 
 
-def test_saved_network_is_the_fine_tuned_one(finished: pathlib.Path, folder: pathlib.Path) -> None:
-  tuned = load_quantized(finished / "quantized")
-  assert tuned.rules.describe().startswith("4w4a")
-  before = load_network(folder / "network").variables["params"]["conv1"]["kernel"]
-  assert not np.array_equal(tuned.variables["params"]["conv1"]["kernel"], before)
+def test_saved_network_is_the_closer_one(finished: pathlib.Path, folder: pathlib.Path) -> None:
+  saved = load_quantized(finished / "quantized")
+  assert saved.rules.describe().startswith("4w4a")
+  report = json.loads((finished / "report.json").read_text())
+  after, before = (report["agreement"][name]["bns"]["held_out"]["kl"] for name in ("4w4a fine-tuned", "4w4a"))
+  float_kernel = load_network(folder / "network").variables["params"]["conv1"]["kernel"]
+  # Calibration leaves the kernels as they are.
+  assert np.array_equal(saved.variables["params"]["conv1"]["kernel"], float_kernel) == (after >= before)
+  assert ("fine-tuned" in report["protocol"]["saved network"]) == (after < before)
 
 
 def test_the_same_command_again_computes_nothing(finished: pathlib.Path, folder: pathlib.Path) -> None:

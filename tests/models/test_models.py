@@ -29,6 +29,12 @@ _COUNTS = {
   "densenet121": (7_978_856, 121),
   "densenet169": (14_149_480, 169),
   "efficientnet_lite0": (4_652_008, 49),
+  # As the public PyTorch code for CIFAR-10 counts them, with ten classes.
+  "resnet18_cifar": (11_173_962, 20),
+  "resnet34_cifar": (21_282_122, 36),
+  "mobilenet_v2_cifar": (2_236_682, 52),
+  "densenet121_cifar": (6_956_298, 120),
+  "densenet169_cifar": (12_493_322, 168),
 }
 
 
