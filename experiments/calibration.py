@@ -20,13 +20,16 @@ from kwjax.quantization.equalization import Equalized, equalize
 from kwjax.runtime.data import ImageData
 from kwjax.runtime.evaluate import predict, score_logits
 
+_MSE_BITS, _FLOAT_BITS = 3, 32
+
 
 class Method(NamedTuple):
   """What is done beside choosing bits.
 
   Attributes:
     ranges: of activations, see `kwjax.quantization.RANGE_READINGS`.
-    weights_range: "minmax" or "mse".
+    weights_range: "minmax", "mse", or "by-bits": "mse" from 3 bits on. A grid of four values that leaves the largest
+      weights out loses more than it gains: at 2w4a, moments corrected, ResNet-44 keeps 78.86 % with the whole range, 74.43 with "mse".
     corrects_bias: whether the means of the channels are those of the float network again.
     equalizes: whether scales are moved between layers first, where that changes nothing.
     corrects_variance: whether BatchNorm's variances are those of the float network again; with `corrects_bias` only.
@@ -40,7 +43,10 @@ class Method(NamedTuple):
 
   def applied(self, rules: QuantRules) -> QuantRules:
     """Rules with these ranges."""
-    return dataclasses.replace(rules, ranges=self.ranges, weights_range=self.weights_range)
+    weights_range = self.weights_range
+    if weights_range == "by-bits":
+      weights_range = "mse" if (rules.bits.weights or _FLOAT_BITS) >= _MSE_BITS else "minmax"
+    return dataclasses.replace(rules, ranges=self.ranges, weights_range=weights_range)
 
   def describe(self) -> str:
     """What it does beside what rules say, in a few words for a protocol; empty if nothing."""
@@ -54,8 +60,8 @@ PAPER = Method()
 """Haroush et al. (2020): extremes of each sample, averaged."""
 
 
-BEST = Method(weights_range="mse", corrects_bias=True, corrects_variance=True)
-"""The best without data in `experiments.table_calibration`, on ResNet-44 4w4a and EfficientNet-Lite0 4w8a."""
+BEST = Method(weights_range="by-bits", corrects_bias=True, corrects_variance=True)
+"""The best without data in `experiments.table_calibration`, on ResNet-44 4w4a and 2w4a and EfficientNet-Lite0 4w8a."""
 
 
 def method_of(options: Options) -> Method:

@@ -43,8 +43,9 @@ class Options:
   """Grid of the weights. auto: affine from 4 bits on, the paper's, which has no integer form; affine0, sym and symfull have
   one, and the saved network then holds integer weights."""
   calibration: Literal["best", "paper"] | None = None
-  """best: what made the best copies without data (docs/results.md): weight ranges of least squared error, and the moments of
-  all channels brought back to the float network's. paper: extremes alone. Default: paper under --preset paper, else best."""
+  """best: what made the best copies without data (docs/results.md): weight ranges of least squared error from 3 bits on, and the
+  moments of all channels brought back to the float network's. paper: extremes alone. Default: paper under --preset paper, else
+  best."""
   range_reading: Literal["sample", "chunk", "percentile", "mse", "entropy"] | None = None
   """Activation ranges: the mean over samples of each one's extremes, or over chunks of 16 of the chunk's; or, of all values,
   99.99 %, the range of least squared error, or of least KL. Default: by --calibration."""

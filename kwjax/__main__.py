@@ -13,6 +13,7 @@ _COMMANDS = {
   "experiments.export": "a finished run -> ONNX, StableHLO or safetensors",
   "experiments.table1_ablation": "distillation losses (table 1 of the paper; table2_cifar ... table6_objectives likewise)",
   "experiments.figure2_monitor": "J_KL while images are made (figure 2; figure3_quality, figure5_images, figure7_bias likewise)",
+  "experiments.noise_distill": "a student from pure noise (noise_activations, toy_circles, leaves_bns likewise)",
   "experiments.prepare_data": "original archives of public data sets -> TFDS form, offline",
   "experiments.train_reference": "train a network of your own to compress",
   "weights_conversion": "PyTorch or safetensors checkpoint -> network folder",

@@ -11,11 +11,12 @@ import numpy as np
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
-from kwjax.analysis.drawing import COLOURS, DPI, colour_of, plain_text, save_figure
+from kwjax.analysis.drawing import COLOURS, colour_of, plain_text, save_figure
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike
 
 _POINTS = "#333333"
+_DPI = 100
 
 
 class RegionPanel(NamedTuple):
@@ -58,7 +59,7 @@ def region_panels(
   # Lighter than the points of the same class.
   pale = ListedColormap([tuple(1 - 0.35 * (1 - np.asarray(to_rgb(colour)))) for colour in COLOURS])
   rows = math.ceil(len(panels) / columns)
-  figure = Figure(figsize=(2.3 * columns + 0.3, 2.55 * rows), dpi=DPI, layout="constrained")
+  figure = Figure(figsize=(2.3 * columns + 0.3, 2.55 * rows), dpi=_DPI, layout="constrained")
   grid = figure.subplots(rows, columns, squeeze=False).reshape(-1)
   for axes in grid[len(panels) :]:
     axes.set_visible(False)
@@ -83,4 +84,5 @@ def region_panels(
     axes.set_yticks([])
     axes.set_title(plain_text(panel.title), fontsize=8)
     axes.set_ylabel(plain_text(panel.ylabel), fontsize=10)
-  return save_figure(figure, path)
+  # Flat colours stay clear at fewer pixels, and twenty panels small enough to be kept.
+  return save_figure(figure, path, dpi=_DPI)

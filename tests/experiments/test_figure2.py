@@ -17,16 +17,15 @@ from experiments.study_setup import load
 from kwjax.analysis.curves import CurvePanel, curve_panels
 from kwjax.errors import KwjaxError
 from kwjax.runtime.parallel import device_group
+from tests.experiments.tiny_study import command, tiny_network_loaded
 from tests.networks import tiny_network
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-  """A tiny network as the one that is loaded, and a compilation cache."""
+  """A tiny network as the one that is loaded."""
   folder = tmp_path_factory.mktemp("figure2")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("KWJAX_CACHE", str(folder / "cache"))
-    patch.setattr("experiments.study.get_network", lambda options, default: tiny_network())
+  with tiny_network_loaded():
     yield folder
 
 
@@ -70,7 +69,7 @@ def test_settings_are_published_and_watch_what_they_do_not_optimize(preset: str)
 
 @pytest.mark.slow
 def test_report_states_both_claims_with_their_numbers(folder: pathlib.Path) -> None:
-  given = ["--network", "tiny", "--preset", "smoke", "--devices", "1", "--workdir", str(folder / "run")]
+  given = command(folder)
   assert figure2_monitor.main([*given, "--steps", "6"]) == 0
   report = json.loads((folder / "run" / "report.json").read_text())
   assert len(report["claims"]) == len(report["notes"]) == 2

@@ -19,19 +19,16 @@ from experiments.tables import Entry
 from kwjax.analysis.similarity import measure
 from kwjax.runtime.parallel import device_group
 from kwjax.synthesis.store import ImageStore
+from tests.experiments.tiny_study import command, tiny_network_loaded, write_noise
 from tests.networks import tiny_network
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-  """A tiny network as the one that is loaded, labelled images, and a compilation cache."""
+  """A tiny network as the one that is loaded, and labelled images."""
   folder = tmp_path_factory.mktemp("figure3")
-  images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
-  labels = np.arange(10) % 5
-  np.savez(folder / "data.npz", train_images=255 - images, train_labels=labels, test_images=images, test_labels=labels)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("KWJAX_CACHE", str(folder / "cache"))
-    patch.setattr("experiments.study.get_network", lambda options, default: tiny_network())
+  write_noise(folder / "data.npz", "train", "test")
+  with tiny_network_loaded():
     yield folder
 
 
@@ -93,7 +90,7 @@ def test_cells_are_filled(
     return student, []
 
   monkeypatch.setattr("experiments.stages.distill_with_history", distill)  # covered by other tests, and slow to compile
-  given = ["--network", "tiny", "--preset", "smoke", "--devices", "1", "--workdir", str(folder / "run")]
+  given = command(folder)
   assert figure3_quality.main([*given, "--columns", "KD"]) == 2
   assert "--eval-data FILE.npz:test" in capsys.readouterr().err
 

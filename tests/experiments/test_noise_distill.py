@@ -25,24 +25,21 @@ from kwjax.runtime.data import load_data
 from kwjax.runtime.parallel import device_group
 from kwjax.runtime.workdir import Shutdown
 from kwjax.synthesis import fresh_dead_leaves, fresh_gaussian
+from tests.experiments.tiny_study import command, tiny_network_loaded, write_noise
 from tests.networks import tiny_network
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-  """A tiny network as the one that is loaded, labelled images, and a compilation cache."""
+  """A tiny network as the one that is loaded, and labelled images."""
   folder = tmp_path_factory.mktemp("noise_distill")
-  images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
-  np.savez(folder / "data.npz", test_images=images, test_labels=np.arange(10) % 5)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("KWJAX_CACHE", str(folder / "cache"))
-    patch.setattr("experiments.study.get_network", lambda options, default: tiny_network())
+  write_noise(folder / "data.npz", "test")
+  with tiny_network_loaded():
     yield folder
 
 
 def arguments(folder: pathlib.Path, *more: str) -> list[str]:
-  given = ["--network", "tiny", "--preset", "smoke", "--devices", "1", "--workdir", str(folder / "run")]
-  return [*given, "--eval-data", f"{folder / 'data.npz'}:test", *more]
+  return command(folder, "--eval-data", f"{folder / 'data.npz'}:test", *more)
 
 
 def site_of(folder: pathlib.Path) -> Site:

@@ -6,9 +6,6 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from experiments import table1_ablation
@@ -17,6 +14,7 @@ from experiments.study import Cell, Study, choose
 from experiments.study_setup import load
 from experiments.tables import Entry
 from kwjax.runtime.parallel import device_group
+from tests.experiments.tiny_study import command, tiny_network_loaded, write_answered
 from tests.networks import tiny_network
 
 COLUMNS = ["KD", "KD+IQ", "KD+Mix", "KD+IQ+Mix"]
@@ -24,21 +22,10 @@ COLUMNS = ["KD", "KD+IQ", "KD+Mix", "KD+IQ+Mix"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-  """A tiny network as the one that is loaded, images with its own answers as labels, and a compilation cache."""
+  """A tiny network as the one that is loaded, and images with its own answers as labels."""
   folder = tmp_path_factory.mktemp("table1")
-  network = tiny_network()
-  images = np.asarray(jax.random.uniform(jax.random.key(0), (24, 8, 8, 3)))
-  pixels, labels = (images * 255).astype(np.uint8), np.asarray(jnp.argmax(network.apply(images), -1))
-  np.savez(
-    folder / "data.npz",
-    train_images=pixels[:16],
-    train_labels=labels[:16],
-    test_images=pixels[16:],
-    test_labels=labels[16:],
-  )
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("KWJAX_CACHE", str(folder / "cache"))
-    patch.setattr("experiments.study.get_network", lambda options, default: network)
+  write_answered(folder / "data.npz")
+  with tiny_network_loaded():
     yield folder
 
 
@@ -109,7 +96,7 @@ def test_the_ordering_is_judged_by_the_means(values: tuple[float, ...], words: s
 @pytest.mark.slow
 def test_cells_are_filled(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
   data = folder / "data.npz"
-  given = ["--network", "tiny", "--preset", "smoke", "--devices", "1", "--workdir", str(folder / "run")]
+  given = command(folder)
   given += ["--eval-data", f"{data}:test", "--real-data", f"{data}:train", "--rows", "2"]
   assert table1_ablation.main([*given, "--columns", "KD+IQ+Mix"]) == 0
   report = json.loads((folder / "run" / "report.json").read_text())

@@ -6,9 +6,6 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from experiments import table2_cifar
@@ -16,6 +13,7 @@ from experiments.options import sizes
 from experiments.study import Cell, Study, choose
 from experiments.study_setup import load
 from kwjax.runtime.parallel import device_group
+from tests.experiments.tiny_study import tiny_network_loaded, write_answered
 from tests.networks import tiny_network
 
 COLUMNS = ["4w8a*", "4w4a*", "4w4a", "2w4a**", "KD-4w4a", "KD-2w4a**"]
@@ -23,21 +21,10 @@ COLUMNS = ["4w8a*", "4w4a*", "4w4a", "2w4a**", "KD-4w4a", "KD-2w4a**"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-  """A tiny network as the one that is loaded, images with its own answers as labels, and a compilation cache."""
+  """A tiny network as the one that is loaded, and images with its own answers as labels."""
   folder = tmp_path_factory.mktemp("table2")
-  network = tiny_network()
-  images = np.asarray(jax.random.uniform(jax.random.key(0), (24, 8, 8, 3)))
-  pixels, labels = (images * 255).astype(np.uint8), np.asarray(jnp.argmax(network.apply(images), -1))
-  np.savez(
-    folder / "data.npz",
-    train_images=pixels[:16],
-    train_labels=labels[:16],
-    test_images=pixels[16:],
-    test_labels=labels[16:],
-  )
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("KWJAX_CACHE", str(folder / "cache"))
-    patch.setattr("experiments.study.get_network", lambda options, default: network)
+  write_answered(folder / "data.npz")
+  with tiny_network_loaded():
     yield folder
 
 

@@ -14,31 +14,26 @@ from experiments.options import sizes
 from experiments.study import StudyOptions, choose
 from experiments.study_setup import load
 from kwjax.runtime.parallel import device_group
+from tests.experiments.tiny_study import command, tiny_network_loaded
 from tests.networks import tiny_network
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-  """A tiny network as the one that is loaded, and a compilation cache."""
+  """A tiny network as the one that is loaded."""
   folder = tmp_path_factory.mktemp("table5")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("KWJAX_CACHE", str(folder / "cache"))
-    patch.setattr("experiments.study.get_network", lambda options, default: tiny_network())
+  with tiny_network_loaded():
     yield folder
-
-
-def arguments(folder: pathlib.Path, *more: str) -> list[str]:
-  return ["--network", "tiny", "--preset", "smoke", "--devices", "1", "--workdir", str(folder / "run"), *more]
 
 
 @pytest.mark.slow
 def test_cells_are_filled(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
   columns = ["inception-J_KL", "inception-smoothness", "inception-4w4a*"]
-  assert table5_sigma.main(arguments(folder, "--rows", "9x9-s.7", "--columns", columns[2])) == 2
+  assert table5_sigma.main(command(folder, "--rows", "9x9-s.7", "--columns", columns[2])) == 2
   assert "--eval-data FILE.npz:test" in capsys.readouterr().err
   assert not (folder / "run").exists()
 
-  assert table5_sigma.main(arguments(folder, "--rows", "9x9-s.7", "--columns", *columns[:2])) == 0
+  assert table5_sigma.main(command(folder, "--rows", "9x9-s.7", "--columns", *columns[:2])) == 0
   cells = json.loads((folder / "run" / "report.json").read_text())["tables"][0]["cells"]
   assert cells["9x9-s.7"]["inception-J_KL"]["mean"] > 0
   assert cells["9x9-s.7"]["inception-smoothness"]["mean"] > 0

@@ -15,18 +15,16 @@ import pytest
 from experiments import table6_objectives
 from experiments.table6_objectives import DecidedTeacher
 from kwjax.distillation.losses import kl_divergence
+from tests.experiments.tiny_study import command, tiny_network_loaded, write_noise
 from tests.networks import tiny_network
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-  """A tiny network as the one that is loaded, labelled images, and a compilation cache."""
+  """A tiny network as the one that is loaded, and labelled images."""
   folder = tmp_path_factory.mktemp("table6")
-  images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
-  np.savez(folder / "data.npz", test_images=images, test_labels=np.arange(10) % 5)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("KWJAX_CACHE", str(folder / "cache"))
-    patch.setattr("experiments.study.get_network", lambda options, default: tiny_network())
+  write_noise(folder / "data.npz", "test")
+  with tiny_network_loaded():
     yield folder
 
 
@@ -49,7 +47,7 @@ def test_kl_to_a_decided_teacher_is_the_cross_entropy_to_its_choice() -> None:
 
 @pytest.mark.slow
 def test_cells_are_filled(folder: pathlib.Path) -> None:
-  given = ["--network", "tiny", "--preset", "smoke", "--devices", "1", "--workdir", str(folder / "run")]
+  given = command(folder)
   data = ["--eval-data", f"{folder / 'data.npz'}:test", "--sizes", "8", "4"]
   assert (
     table6_objectives.main([*given, *data, "--distill-learning-rate", "0.5", "--rows", "4", "--columns", "bns-CE"]) == 0

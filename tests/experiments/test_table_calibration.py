@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from experiments import table_calibration
@@ -16,7 +13,9 @@ from experiments.options import Options, sizes
 from experiments.pipeline import parse_rules
 from experiments.study import choose
 from experiments.study_setup import load
+from kwjax.quantization import QuantRules
 from kwjax.runtime.parallel import device_group
+from tests.experiments.tiny_study import write_answered
 from tests.networks import tiny_network
 
 
@@ -24,9 +23,7 @@ from tests.networks import tiny_network
 def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """Images with the tiny network's own answers as labels."""
   path = tmp_path_factory.mktemp("calibration") / "data.npz"
-  images = np.asarray(jax.random.uniform(jax.random.key(0), (24, 8, 8, 3)))
-  pixels, labels = (images * 255).astype(np.uint8), np.asarray(jnp.argmax(tiny_network().apply(images), -1))
-  np.savez(path, train_images=pixels[:16], train_labels=labels[:16], test_images=pixels[16:], test_labels=labels[16:])
+  write_answered(path)
   return path
 
 
@@ -77,3 +74,10 @@ def test_the_main_job_takes_the_best_method_and_the_papers_on_demand() -> None:
   assert not none.corrects_variance
   rules = parse_rules(Options(calibration="paper"), tiny_network())
   assert rules["4w4a"].describe() == "4w4a, first/last 8w8a, weights affine, ranges sample"
+
+
+@pytest.mark.parametrize(("bits", "expected"), [("2w4a", "minmax"), ("3w4a", "mse"), ("4w8a", "mse"), ("32w8a", "mse")])
+def test_the_best_weight_range_depends_on_the_bits(bits: str, expected: str) -> None:
+  assert BEST.applied(QuantRules.parse(bits)).weights_range == expected
+  assert method_of(Options(weight_range="mse")).applied(QuantRules.parse(bits)).weights_range == "mse"
+  assert method_of(Options(calibration="paper")).applied(QuantRules.parse(bits)).weights_range == "minmax"
