@@ -29,7 +29,8 @@ class Method(NamedTuple):
   Attributes:
     ranges: of activations, see `kwjax.quantization.RANGE_READINGS`.
     weights_range: "minmax", "mse", or "by-bits": "mse" from 3 bits on. A grid of four values that leaves the largest
-      weights out loses more than it gains: at 2w4a, moments corrected, ResNet-44 keeps 78.86 % with the whole range, 74.43 with "mse".
+      weights out loses more than it gains: at 2w4a, moments corrected, ResNet-44 keeps 78.86 % with the whole range and 74.43 %
+      with "mse".
     corrects_bias: whether the means of the channels are those of the float network again.
     equalizes: whether scales are moved between layers first, where that changes nothing.
     corrects_variance: whether BatchNorm's variances are those of the float network again; with `corrects_bias` only.
