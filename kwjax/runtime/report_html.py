@@ -77,7 +77,8 @@ def render(
     candidates["Not measured"] = f'<p class="missing">Not measured in this run: {text("; ".join(absent))}.</p>'
   sections = {name: body for name, body in candidates.items() if body}
   links = "\n".join(f'<a href="#{anchor(name)}">{text(_short(name))}</a>' for name in sections)
-  head = f'<h1>{text(title)}</h1>\n<p class="summary">{text(summary(report))}</p>\n<nav aria-label="Sections">\n{links}</nav>'
+  first = f'<h1>{text(title)}</h1>\n<p class="summary">{text(summary(report, tables))}</p>'
+  head = f'{first}\n<nav aria-label="Sections">\n{links}</nav>'
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -94,8 +95,8 @@ def _short(name: str) -> str:
   return name if len(name) <= 40 else name[:39].rstrip(" ,;:") + "…"
 
 
-def summary(report: Mapping[str, Any]) -> str:
-  """The run in one sentence, made of what was measured and of nothing else."""
+def summary(report: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> str:
+  """The run in one sentence, made of what was measured and of nothing else; at least what its tables are."""
   parts = []
   floating = report["float"] or {}
   if floating.get("top1") is not None:
@@ -117,9 +118,16 @@ def summary(report: Mapping[str, Any]) -> str:
     seconds = f" in {number(synthesis['seconds'])} s" if synthesis.get("seconds") is not None else ""
     parts.append(f"{synthesis['images']:,} images were made{seconds}")
   if not parts:
+    parts = [title for title, found in (tables or {}).items() if any(_holds_a_number(row) for row in found)]
+  if not parts:
     return "Nothing was measured."
   sentence = "; ".join(parts) + "."
   return sentence[0].upper() + sentence[1:]
+
+
+def _holds_a_number(row: Mapping[str, Any]) -> bool:
+  """Whether something was measured in a row of a table, whose first column names it; a paper's number alone is not."""
+  return any(value is not None and not str(value).startswith("not measured") for value in list(row.values())[1:])
 
 
 def _held_out_agreement(tree: Any) -> list[str]:

@@ -302,3 +302,13 @@ def test_few_classes_are_listed_and_many_are_counted(tmp_path: pathlib.Path) -> 
   assert page.rows[-4:-1] == [["0 images", "993", ""], ["1 image", "5", ""], ["2 images", "2", ""]]
   assert len(page.rows) < 20
   assert page.rows[-1] == ["seed", "not measured"]
+
+
+def test_without_anything_else_the_summary_names_the_tables_that_hold_numbers() -> None:
+  report = complete({"network": "net"})
+  rows = {
+    "Spread": [{"": "a", "x": None}, {"": "b", "x": "0.5 (1)"}],
+    "Later": [{"": "a", "x": "not measured; paper 2"}],
+  }
+  assert summary(report, rows) == "Spread."
+  assert summary(report, {"Later": rows["Later"]}) == summary(report) == "Nothing was measured."
