@@ -23,7 +23,7 @@ from experiments.options import (
   sizes,
   synthesis_config,
 )
-from experiments.scoring import Scorer
+from experiments.scoring import Scorer, is_closer, is_near
 from experiments.stages import (
   CALIBRATION_KEY,
   DISTILL_KEY,
@@ -189,7 +189,7 @@ def execute(job: Job) -> None:
   quantized, scores = calibrate_all(job, calibration, scorer)
   lowest = job.options.bits[-1]
   tuned = fine_tune(job, quantized[lowest][scheme], scores[lowest][scheme], calibration[scheme], scorer)
-  keeps_tuned = tuned is not None and results.is_closer(tuned[1], scores[lowest][scheme])
+  keeps_tuned = tuned is not None and is_closer(tuned[1], scores[lowest][scheme])
   if tuned is not None and not keeps_tuned:
     say("fine-tuning has brought it no closer to the float network on the held-out images: the calibrated copy is kept")
   say("writing the report")
@@ -279,7 +279,7 @@ def fine_tune(
   """
   if job.chosen.distill_steps == 0:
     return None
-  near = method_of(job.options).corrects_variance and results.is_near(calibrated)
+  near = method_of(job.options).corrects_variance and is_near(calibrated)
   config = distill_config(job.options, job.site.network, job.chosen, job.config.scheme, near=near)
   tuned = fine_tuned(job.site, student, images, config, key=job.key(DISTILL_KEY))
   score = job.site.stages.once("distilled", lambda: scorer.score(tuned))

@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.event_log import log_report
 from experiments.options import Options
+from experiments.scoring import is_closer
 from kwjax.analysis import figures
 from kwjax.analysis.class_balance import class_balance, class_labels
 from kwjax.network import Network
@@ -21,8 +22,6 @@ from kwjax.runtime.tensorboard import EventLog
 from kwjax.synthesis import TERMS, SampleSet, SynthesisConfig
 
 Score = Mapping[str, Any]
-
-_NEAR_NATS = 1.0
 
 
 class Facts(NamedTuple):
@@ -49,25 +48,6 @@ def in_words(score: Score) -> str:
     if score[where]:
       parts.append(f"agrees with float on {score[where]['top1']:.1%} of {score[where]['count']} {words}")
   return ", ".join(parts)
-
-
-def is_near(calibrated: Score) -> bool:
-  """Whether a copy is so near the float network that training with the statistics of batches would lose more than it gains.
-
-  The limit is 1 nat of KL on the held-out images: ResNet-20 at 4w4a (0.15 nats) and EfficientNet-Lite0 at 4w4a (0.51) lose by
-  it, ResNet-20 at 2w4a (1.6) gains. Where no image is held out a copy counts as near.
-  """
-  held_out = calibrated["held_out"]
-  return held_out is None or bool(held_out["kl"] < _NEAR_NATS)
-
-
-def is_closer(tuned: Score, calibrated: Score) -> bool:
-  """Whether fine-tuning has brought a copy closer to the float network: a lower KL on the held-out images, so without data.
-
-  Where no image is held out nothing speaks against it.
-  """
-  after, before = tuned["held_out"], calibrated["held_out"]
-  return after is None or before is None or bool(after["kl"] < before["kl"])
 
 
 def _result(score: Score, seed: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from experiments.options import Options, sizes
-from experiments.results import is_near
+from experiments.scoring import is_near
 from experiments.stages import distill_config
 from tests.networks import tiny_network
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from experiments.results import _notes, is_closer
+from experiments.results import _notes
+from experiments.scoring import is_closer
 
 
 def score(kind: str, top1: float, count: int) -> dict[str, Any]:
