@@ -19,31 +19,22 @@ from kwjax.quantization import observe_ranges
 from kwjax.quantization.calibrate import recording_extremes
 from kwjax.runtime.files import read_sealed_json
 from kwjax.synthesis import dead_leaves
+from tests.experiments.tiny_study import command, tiny_network_loaded, write_noise
 from tests.networks import tiny_network
 
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A tiny network as the one that is loaded, data, and a compilation cache."""
-  rng = np.random.default_rng(0)
-  labels = {"train_labels": np.arange(10) % 5, "test_labels": np.arange(10) % 5}
-  arrays = {f"{split}_images": rng.integers(0, 256, (10, 8, 8, 3), np.uint8) for split in ("train", "test")}
-  np.savez(tmp_path / "data.npz", **arrays, **labels)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("KWJAX_CACHE", str(tmp_path / "cache"))
-    patch.setattr("experiments.study.get_network", lambda options, default: tiny_network())
+  """A tiny network as the one that is loaded, and data."""
+  write_noise(tmp_path / "data.npz", "train", "test")
+  with tiny_network_loaded():
     yield tmp_path
-
-
-def arguments(folder: pathlib.Path, *more: str) -> list[str]:
-  given = ["--network", "tiny", "--preset", "smoke", "--devices", "1", "--workdir", str(folder / "run")]
-  return [*given, *more]
 
 
 @pytest.mark.slow
 def test_all_cells_are_filled(folder: pathlib.Path) -> None:
   data = ["--eval-data", f"{folder / 'data.npz'}:test", "--real-data", f"{folder / 'data.npz'}:train", "--steps", "1"]
-  assert leaves_bns.main(arguments(folder, *data)) == 0
+  assert leaves_bns.main(command(folder, *data)) == 0
   report = json.loads((folder / "run" / "report.json").read_text())
   jkl, accuracy, sources = report["tables"]
   assert jkl["columns"] == accuracy["columns"] == ["1"]
@@ -92,9 +83,9 @@ def test_steps_are_halved_three_times() -> None:
 
 
 def test_bad_options_are_one_sentence(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-  assert leaves_bns.main(arguments(folder, "--steps", "0")) == 2
-  assert leaves_bns.main(arguments(folder, "--images", "1")) == 2
-  assert leaves_bns.main(arguments(folder, "--rows", "bns")) == 2
+  assert leaves_bns.main(command(folder, "--steps", "0")) == 2
+  assert leaves_bns.main(command(folder, "--images", "1")) == 2
+  assert leaves_bns.main(command(folder, "--rows", "bns")) == 2
   errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
   assert "--steps must be at least 1, found 0" in errors[0]
   assert "--images must be at least 2, two a device, found 1" in errors[1]

@@ -16,20 +16,15 @@ from kwjax.analysis.bias import class_mass, evenness
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import read_sealed_json
 from kwjax.synthesis import dead_leaves
+from tests.experiments.tiny_study import command, tiny_network_loaded
 from tests.networks import tiny_network
 
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A tiny network as the one that is loaded, and a compilation cache."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("KWJAX_CACHE", str(tmp_path / "cache"))
-    patch.setattr("experiments.study.get_network", lambda options, default: tiny_network())
+  """A tiny network as the one that is loaded."""
+  with tiny_network_loaded():
     yield tmp_path
-
-
-def arguments(folder: pathlib.Path, *more: str) -> list[str]:
-  return ["--network", "tiny", "--preset", "smoke", "--devices", "1", "--workdir", str(folder / "run"), *more]
 
 
 @pytest.mark.slow
@@ -37,7 +32,7 @@ def test_cells_are_what_the_library_measures(folder: pathlib.Path, monkeypatch: 
   drawn = dead_leaves(noise_key(0), 8, (8, 8, 3))
   rng = np.random.default_rng(0)
   np.savez(folder / "real.npz", images=rng.integers(0, 256, (8, 8, 8, 3), np.uint8))
-  assert noise_activations.main(arguments(folder, "--real-data", str(folder / "real.npz"))) == 0
+  assert noise_activations.main(command(folder, "--real-data", str(folder / "real.npz"))) == 0
   report = json.loads((folder / "run" / "report.json").read_text())
   (table,) = report["tables"]
   assert all(cell["mean"] is not None for row in table["cells"].values() for cell in row.values())
@@ -59,7 +54,7 @@ def test_cells_are_what_the_library_measures(folder: pathlib.Path, monkeypatch: 
   assert len(stored) == 6
   # The same command measures nothing again.
   monkeypatch.setattr(noise_activations, "observe_activations", None)
-  assert noise_activations.main(arguments(folder, "--real-data", str(folder / "real.npz"))) == 0
+  assert noise_activations.main(command(folder, "--real-data", str(folder / "real.npz"))) == 0
 
 
 def noise_key(seed: int) -> object:
@@ -86,8 +81,8 @@ def test_claims_are_judged_by_their_numbers() -> None:
 
 
 def test_bad_options_are_one_sentence(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-  assert noise_activations.main(arguments(folder, "--batch-size", "1")) == 2
-  assert noise_activations.main(arguments(folder, "--rows", "real-running")) == 2
+  assert noise_activations.main(command(folder, "--batch-size", "1")) == 2
+  assert noise_activations.main(command(folder, "--rows", "real-running")) == 2
   errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
   assert "--batch-size must be at least 2, two images a device, found 1" in errors[0]
   assert "--real-data" in errors[1]
