@@ -84,4 +84,4 @@ def test_regions_and_points_lie_where_they_belong(tmp_path: pathlib.Path) -> Non
   assert blue[2] > blue[0] + 30
   assert orange[0] > orange[2] + 30
   np.testing.assert_array_equal(colour(0.75, 0.75), blue)
-  assert colour(0.75, 0.25).max() < 90  # of the points
+  assert colour(0.75, 0.25).max() < 120  # of the points, darker than any class
