@@ -15,6 +15,9 @@ statistics all the same, because on real data they are right; what is borrowed i
 input, activations have the reach that they have on real data. The images are one batch then (large ones: batches of
 --batch-size, whose statistics are pooled).
 
+A fourth table fine-tunes a 2w4a copy at equal cost, equally many steps: on the BNS images alone, and on these and as many dead
+leaves.
+
 * first and last layer 8 bit. At --preset cpu 128 images and up to 200 steps.
 
 Ours, --preset cpu, ResNet-20, 1017 test images (standard error of a top-1 about 0.8), nine CPU minutes a seed. Seed 0: J_KL after
@@ -45,8 +48,9 @@ if __name__ == "__main__":
 import numpy as np
 import tyro
 
-from experiments import cost, sources, stages, study_report
+from experiments import cost, leaves_tuning, sources, stages, study_report
 from experiments.common import run_command
+from experiments.leaves_tuning import BNS, MIXED
 from experiments.noise_sources import LEAVES, NOISES, noise
 from experiments.sources import Source, identity, short_name, synthesized
 from experiments.stages import CALIBRATION_KEY, REAL, SYNTHESIS_KEY, Site
@@ -62,12 +66,11 @@ from kwjax.runtime.report import Picture
 from kwjax.synthesis import SynthesisConfig
 
 STARTS = ("randn", "uniform", LEAVES)
-BNS, MIXED = "bns", f"bns+{LEAVES}"
 RUNNING, CURRENT = "running", "current"
 NOISE_ROWS = {f"{name}-{statistics}": (name, statistics) for name in NOISES for statistics in (RUNNING, CURRENT)}
 SOURCES = (REAL, BNS, MIXED, *NOISE_ROWS)
 BITS = {"4w4a": None, "4w4a*": "8w8a"}
-_JKL, _ACCURACY, _SOURCES = "J_KL", "4w4a", "sources"
+_JKL, _ACCURACY, _SOURCES, _TUNED = "J_KL", "4w4a", "sources", "fine-tuned"
 _LONGEST = {"cpu": 200, "paper": 1000, "smoke": 8}
 _IMAGES = {"cpu": 128, "paper": 800, "smoke": 4}
 _SHOWN = 6
@@ -111,6 +114,8 @@ class _Work:
   def plan(self, table: Table, row: str, column: str) -> CellPlan:
     """How one cell is measured."""
     kind = self.kinds[table.title]
+    if kind == _TUNED:
+      return leaves_tuning.plan(self.setup, self.source(row), column)
     source = self.source(row) if kind == _SOURCES else self.bns(row, int(column))
     if kind == _JKL:
       words = f"{source.words} from {row}; clean, BatchNorm in evaluation mode, with the input"
@@ -160,14 +165,17 @@ class _Work:
 
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""
-    made = {(cell.row, int(cell.column), cell.seed) for cell in cells if self.kinds[cell.table.title] != _SOURCES}
+    made = {
+      (cell.row, int(cell.column), cell.seed) for cell in cells if self.kinds[cell.table.title] in (_JKL, _ACCURACY)
+    }
+    tuned = sum(self.kinds[c.table.title] == _TUNED and c.column == leaves_tuning.TUNED for c in cells)
     made |= {(LEAVES, self.longest, cell.seed) for cell in cells if cell.row in (BNS, MIXED)}
     labelled = len(self.setup.eval_data) if self.setup.eval_data else 0
     duplicates = self.config(LEAVES, self.longest).duplicates
     return f"images        {len(made)} sets of {self.count}, up to {self.longest} steps\n" + cost.estimate(
       self.setup.network,
       synthesized=sum(self.count * duplicates * steps for _, steps, _ in made),
-      trained=0,
+      trained=tuned * self.setup.chosen.distill_steps * self.setup.chosen.distill_batch_size,
       evaluated=len(cells) * (self.count + labelled),
     )
 
@@ -177,7 +185,7 @@ class _Work:
     return {"calibrated": study_report.top1_results(table, results[table.title], {bits: bits for bits in BITS})}
 
   def tables(self) -> tuple[Table, ...]:
-    """The three tables, empty."""
+    """The four tables, empty."""
     steps = tuple(map(str, step_counts(self.longest)))
     shapes = {
       _JKL: (STARTS, steps, "nats"),
@@ -189,8 +197,11 @@ class _Work:
       _ACCURACY: "Columns: optimization steps of the images.",
       _SOURCES: "* first and last layer 8 bit. Current: ranges measured under the statistics of the noise itself.",
     }
+    chosen = self.setup.chosen
     return tuple(
-      Table(title, shapes[kind][0], shapes[kind][1], unit=shapes[kind][2], note=notes[kind])
+      leaves_tuning.table(title, chosen.distill_steps, chosen.distill_batch_size)
+      if kind == _TUNED
+      else Table(title, shapes[kind][0], shapes[kind][1], unit=shapes[kind][2], note=notes[kind])
       for title, kind in self.kinds.items()
     )
 
@@ -257,6 +268,7 @@ def build(setup: Setup) -> Study:
     f"{name}: J_KL of BNS images by starting point and steps": _JKL,
     f"{name}: top-1 (%) at 4w4a calibrated with these images": _ACCURACY,
     f"{name}: top-1 (%) calibrated with {count} images of each source": _SOURCES,
+    f"{name}: top-1 (%) at {leaves_tuning.BITS}, dead leaves as extra data of the fine-tuning": _TUNED,
   }
   work = _Work(setup, longest, kinds)
   return Study(
@@ -266,7 +278,7 @@ def build(setup: Setup) -> Study:
     describe=work.describe,
     report=work.report,
     figures=work.figures,
-    need=setup.need([work.config(start, longest) for start in STARTS], distills=False),
+    need=setup.need([work.config(start, longest) for start in STARTS], distills=True),
   )
 
 

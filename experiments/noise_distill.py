@@ -97,6 +97,8 @@ class Options(StudyOptions):
   optimizer: Literal["adam", "sgd"] = "adam"
   """Adam, as published, or SGD with momentum 0.9. --distill-learning-rate is by default 0.1 for SGD, and for Adam 0.001 under
   --preset paper, else 0.01."""
+  temperature: float = 1.0
+  """T of the softened probabilities that the student learns; 1, as published, are the teacher's own."""
   schedule: Literal["cosine", "constant", "plateau"] | None = None
   """Learning rate: a cosine to zero, constant, or a tenth of it whenever the loss of the distillation has stopped falling.
   Default: plateau under --preset paper, else cosine."""
@@ -217,6 +219,7 @@ def distillation(options: Options) -> DistillConfig:
     batch_size=batch,
     algorithm=options.optimizer,
     learning_rate=(_ADAM[options.preset] if options.optimizer == "adam" else _SGD) if rate is None else rate,
+    temperature=options.temperature,
     schedule=options.schedule or ("plateau" if options.preset == "paper" else "cosine"),
     plateau_steps=max(1, round(_EPOCH / max(batch, 1))) if averaged is None else averaged,
     plateau_patience=options.plateau_patience,

@@ -92,13 +92,14 @@ class Recipe:
     space = f" in {self.space} space" if self.noise == GAUSSIAN else ""
     images = f"{self.noise} images{space}"
     source = f"{images} drawn anew at every step" if self.pool is None else f"a pool of {self.pool} {images}"
+    temperature = "" if config.temperature == 1.0 else f", temperature {config.temperature:g}"
     schedule: str = config.schedule
     if schedule == "plateau":
       schedule = f"plateau of the loss ({config.plateau_patience} x {config.plateau_steps} steps)"
     return (
       f"{self.student} from scratch, {config.steps} steps of {config.batch_size} from {source}, {config.algorithm} "
-      f"{config.learning_rate:g}, {schedule}; teacher: {self.running_fraction:.0%} of the BatchNorm layers on running "
-      f"statistics; top-1 on {len(self.evaluation)} images of {short_name(self.evaluation)} "
+      f"{config.learning_rate:g}, {schedule}{temperature}; teacher: {self.running_fraction:.0%} of the BatchNorm layers on "
+      f"running statistics; top-1 on {len(self.evaluation)} images of {short_name(self.evaluation)} "
       + _WORDS[self.judged].format(batch=config.batch_size)
     )
 

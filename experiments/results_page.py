@@ -54,6 +54,8 @@ class Options:
   """Name under which the one run of --collect is kept. Default: STUDY-NETWORK."""
   figures: Names = ()
   """Files in the `figures` folder of the one run of --collect that are kept and shown."""
+  merge: bool = False
+  """Keep the rows, cells and seeds of the kept report of the same name that the run of --collect has not."""
   machine: str | None = None
   """What the runs of --collect ran on. Default: number of CPU cores, or number and kind of accelerators."""
   runs: Folders = ()
@@ -73,7 +75,13 @@ def run(options: Options) -> int:
     raise KwjaxError(f"--name and --figures belong to the one run of --collect, found {len(options.collect)} runs")
   for source in options.collect:
     kept = results_store.collect(
-      source, folder, images, name=options.name, figures=options.figures, machine=options.machine
+      source,
+      folder,
+      images,
+      name=options.name,
+      figures=options.figures,
+      machine=options.machine,
+      merge=options.merge,
     )
     say(f"kept {kept}")
   if options.runs:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from experiments.results_merge import merged
 from experiments.tables import PERCENT, Entry, Results, Table
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import write_json
@@ -124,6 +125,7 @@ def collect(
   name: str | None,
   figures: Sequence[str],
   machine: str | None,
+  merge: bool = False,
 ) -> pathlib.Path:
   """Keep a run's report, and copies of some of its figures.
 
@@ -134,6 +136,7 @@ def collect(
     name: of the file; by default STUDY-NETWORK.
     figures: names of files in the run's `figures` folder.
     machine: see `reduced`.
+    merge: keep what the file of the same name has and this run has not, see `results_merge.merged`.
 
   Returns:
     the file written; one of the same name is replaced.
@@ -150,12 +153,15 @@ def collect(
       raise KwjaxError(f"{run} has no figure {source.name}; there are: {there}")
     if (size := source.stat().st_size) > _LARGEST_FIGURE:
       raise KwjaxError(f"{source} has {size:,} bytes, more than the {_LARGEST_FIGURE:,} of a figure that is kept")
+  kept = folder / f"{name}.json"
+  if merge and kept.is_file():
+    content = merged(content, _json(kept))
   for old in images.glob(f"{name}.*.png"):
     old.unlink()
   images.mkdir(parents=True, exist_ok=True)
   for source in sources:
     shutil.copyfile(source, images / f"{name}.{source.name}")
-  return write_json(folder / f"{name}.json", {**content, "figures": [f"{name}.{source.name}" for source in sources]})
+  return write_json(kept, {**content, "figures": [f"{name}.{source.name}" for source in sources]})
 
 
 def read(folder: pathlib.Path) -> list[Stored]:

@@ -190,7 +190,7 @@ def build(setup: Setup) -> Study:
   assert isinstance(options, Options)
   budgets = tuple(dict.fromkeys(options.budgets or _BUDGETS[options.preset]))
   for budget in budgets:
-    if None in Budget.parse(budget):
+    if None in Budget.parse(budget)[:2]:
       raise RuleError(f"--budgets takes mean bits of both sides from 2 to 8, such as 4w4a or 3.5w4a, found {budget!r}")
   if options.sensitivity_images < 1:
     raise KwjaxError(f"--sensitivity-images must be at least 1, found {options.sensitivity_images}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,39 +24,62 @@ _CURVE_UNITS = 5_000
 
 
 class Budget(NamedTuple):
-  """Mean bits that a network may have; None leaves that side at the rules' bits.
+  """Mean bits or size that a network may have; None leaves that side at the rules' bits.
 
   Attributes:
     weights: mean bits of a weight, over all kernels.
     activations: mean bits of a layer's input, over all values that layers read of one image.
+    kilobytes: size of all kernels without scales, 1000 bytes, in place of `weights`.
   """
 
   weights: float | None
   activations: float | None
+  kilobytes: float | None = None
 
   @classmethod
   def parse(cls, budget: str | Budget) -> Budget:
-    """Read "4w4a" or "3.5w4a"; 32 stands for None.
+    """Read "4w4a", "3.5w4a", or a size in place of the weights' bits, "330kBw4a" or "1.2MBw4a"; 32 bits stand for None.
 
     Raises:
-      RuleError: another form, or mean bits outside 2 to 8.
+      RuleError: another form, mean bits outside 2 to 8, or no positive size.
     """
     if isinstance(budget, Budget):
       found = budget
     else:
-      weights, _, rest = str(budget).partition("w")
+      form = re.fullmatch(r"([0-9.]+)(kB|MB|)w([0-9.]+)a", str(budget).strip())
       try:
-        ends = [float(text) for text in (weights, rest.removesuffix("a"))]
+        amount, bits = (0.0, 0.0) if form is None else (float(form[1]), float(form[3]))
       except ValueError:
-        ends = [0.0]
-      if not rest.endswith("a"):
-        ends = [0.0]
-      found = cls(*(None if bits == 32 else bits for bits in ends)) if len(ends) == 2 else cls(0.0, 0.0)
-    if any(bits is not None and not 2 <= bits <= 8 for bits in found):
+        amount, bits = 0.0, 0.0
+      activations = None if bits == 32 else bits
+      if form is not None and form[2]:
+        found = cls(None, activations, amount * (1000 if form[2] == "MB" else 1))
+      else:
+        found = cls(None if amount == 32 else amount, activations)
+    ends = found[:2]
+    too_small = found.kilobytes is not None and not 0 < found.kilobytes < math.inf
+    if too_small or any(bits is not None and not 2 <= bits <= 8 for bits in ends):
       raise RuleError(
-        f"a budget is mean bits from 2 to 8 of weights and activations, such as 4w4a or 3.5w4a, found {budget!r}"
+        "a budget is mean bits from 2 to 8 of weights and activations, such as 4w4a or 3.5w4a, or a size of the weights, "
+        f"such as 330kBw4a, found {budget!r}"
       )
     return found
+
+  def in_bits(self, parameters: int) -> Budget:
+    """The same budget with the size as mean bits, at most 8, of a network with so many weights.
+
+    Raises:
+      RuleError: the size is below 2 bits a weight.
+    """
+    if self.kilobytes is None:
+      return self
+    mean = self.kilobytes * 8000 / parameters
+    if mean < 2:
+      raise RuleError(
+        f"{self.kilobytes:g} kB are {mean:.2f} bits for each of {parameters} weights: at least 2, {parameters / 4000:g} kB, "
+        "are needed"
+      )
+    return Budget(min(mean, 8.0), self.activations)
 
 
 class Point(NamedTuple):
@@ -105,7 +129,7 @@ def allocate_bits(
   progress: bool = False,
   devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
 ) -> Allocation:
-  r"""The best bits for every layer within a budget of mean bits.
+  r"""The best bits for every layer within a budget of mean bits, or of bytes.
 
   $\min \sum_l s_l(b_l)$ with $\sum_l n_l b_l \le B \sum_l n_l$.
 
@@ -116,7 +140,8 @@ def allocate_bits(
   Args:
     network: the float network.
     images: f32[n,h,w,c] in [0,1], such as synthetic ones; those after the last whole share of the devices are left out.
-    budget: mean bits, "4w4a" or "3.5w4a"; 32 leaves a side as the rules have it.
+    budget: mean bits, "4w4a" or "3.5w4a", or the size of all kernels and mean bits of activations, "330kBw4a"; 32 leaves a
+      side as the rules have it.
     candidates: bits that a layer may get, 2 to 8.
     rules: how weights and ranges are read, and the bits of a side without budget; default: those of the paper at 8w8a.
     key: PRNG key of the draws of the calibration.
@@ -154,13 +179,14 @@ def allocate_from(
   Args:
     network: the float network.
     sensitivity: of `measure_sensitivity`.
-    budget: mean bits.
+    budget: mean bits, or a size; as there.
     rules: how weights and ranges are read, and the bits of a side without budget.
 
   Raises:
     RuleError: the budget is malformed, or no allocation fits.
   """
-  wanted, resolved = Budget.parse(budget), rules.resolve(network)
+  resolved = rules.resolve(network)
+  wanted = Budget.parse(budget).in_bits(sum(s.parameters for s in sensitivity.values()))
   sides = {}
   for side, mean, sizes in (
     ("weights", wanted.weights, [s.parameters for s in sensitivity.values()]),

@@ -36,12 +36,17 @@ def test_all_cells_are_filled(folder: pathlib.Path) -> None:
   data = ["--eval-data", f"{folder / 'data.npz'}:test", "--real-data", f"{folder / 'data.npz'}:train", "--steps", "1"]
   assert leaves_bns.main(command(folder, *data)) == 0
   report = json.loads((folder / "run" / "report.json").read_text())
-  jkl, accuracy, sources = report["tables"]
+  jkl, accuracy, sources, tuned = report["tables"]
   assert jkl["columns"] == accuracy["columns"] == ["1"]
   for table in report["tables"]:
     assert all(cell["mean"] is not None for row in table["cells"].values() for cell in row.values())
   # Equal images of equal steps: the default of the third table is that of the second one.
   assert sources["cells"]["bns"]["4w4a"]["mean"] == accuracy["cells"]["dead_leaves"]["1"]["mean"]
+  # Extra data changes what is fine-tuned, not what is calibrated.
+  plain, mixed = tuned["cells"]["bns"], tuned["cells"]["bns+dead_leaves"]
+  assert plain["calibrated"]["mean"] == mixed["calibrated"]["mean"]
+  assert "the first 4 of 4 bns images" in plain["fine-tuned"]["protocol"]
+  assert "the first 8 for 2 steps" in mixed["fine-tuned"]["protocol"]
   assert len({jkl["cells"][start]["1"]["mean"] for start in ("randn", "uniform", "dead_leaves")}) == 3
   assert report["calibrated"]["4w4a*"]["gaussian-current"]["seeds"] == [0]
   names = {path.name for path in (folder / "run" / "figures").iterdir()}

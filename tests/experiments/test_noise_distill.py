@@ -87,10 +87,10 @@ def test_cells_are_filled_and_one_student_serves_every_evaluation(folder: pathli
 @pytest.mark.slow
 def test_fresh_noise_and_other_batch_sizes(folder: pathlib.Path) -> None:
   chosen = ["--rows", "gaussian", "--columns", "B=32", "--fresh", "--optimizer", "sgd", "--schedule", "plateau"]
-  assert noise_distill.main(arguments(folder, *chosen, "--plateau-steps", "4")) == 0
+  assert noise_distill.main(arguments(folder, *chosen, "--plateau-steps", "4", "--temperature", "2")) == 0
   cell = json.loads((folder / "run" / "report.json").read_text())["tables"][1]["cells"]["gaussian"]["B=32"]
   assert "1 steps of 32 from gaussian images in normalized space drawn anew at every step, sgd 0.1" in cell["protocol"]
-  assert "plateau of the loss (10 x 1 steps)" in cell["protocol"]
+  assert "plateau of the loss (10 x 1 steps), temperature 2; teacher" in cell["protocol"]
   assert 0.0 <= cell["records"]["0"]["value"] <= 1.0
 
 
@@ -148,6 +148,7 @@ def test_settings_of_a_pool_are_those_of_earlier_runs(folder: pathlib.Path) -> N
     {"evaluation": "current"},
     {"schedule": "constant"},
     {"optimizer": "sgd"},
+    {"temperature": 4.0},
   ]
   found = [recipe(folder, "gaussian", "P=0", **change).settings for change in changes]
   assert all(one != other for i, one in enumerate([plain.settings, *found]) for other in found[i:])
@@ -191,6 +192,7 @@ def test_current_statistics_are_those_of_training_mode(folder: pathlib.Path, bat
     (["--pool", "0"], "--pool must be at least 1, found 0"),
     (["--pool", "5", "--fresh"], "--fresh draws the noise of every step anew: leave --pool out"),
     (["--student", "resnet9"], "resnet9"),
+    (["--temperature", "0"], "temperature must be positive, found 0.0"),
     (["--plateau-steps", "0"], "plateau_steps must be at least 1, found 0"),
     (["--columns", "B=16"], "--columns has no 'B=16'; known: P=1, P=0, B=32, B=64, B=128, B=256, B=512"),
   ],

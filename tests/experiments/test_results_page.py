@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments import results_page, results_store
+from experiments import results_merge, results_page, results_store
 from experiments.results_page import render
 from experiments.results_store import SECTIONS, Stored
 from experiments.tables import Entry, Table, as_json
@@ -95,6 +95,46 @@ def test_a_run_is_kept_and_shown(tmp_path: pathlib.Path) -> None:
   assert out.read_text() == page
   assert results_page.main(["--collect", str(run), "--out", str(out)]) == 0
   assert not list((tmp_path / "docs" / "images" / "results").iterdir())  # kept again without its figure
+
+
+def kept_report(values: dict[tuple[str, str], dict[int, float]], *, protocol: str = "p") -> dict[str, Any]:
+  """What is kept of a study whose cells have these values by seed, ten seconds each."""
+  rows, columns = (list(dict.fromkeys(key[part] for key in values)) for part in (0, 1))
+  cell = lambda seeds: {
+    "values": list(seeds.values()),
+    "seeds": list(seeds),
+    "unit": "%",
+    "paper": None,
+    "protocol": protocol if seeds else None,
+    "seconds": 10.0 * len(seeds),
+  }
+  cells = {row: {column: cell(values.get((row, column), {})) for column in columns} for row in rows}
+  table = {"title": "t", "rows": rows, "columns": columns, "note": "", "cells": cells}
+  return {"study": "table2_cifar", "network": "n", "notes": [protocol], "seconds": 0.0, "tables": [table]}
+
+
+def test_a_run_joins_the_kept_report() -> None:
+  kept = kept_report({("bns", "4w4a"): {0: 1.0, 1: 2.0}, ("old", "4w4a"): {0: 3.0}, ("bns", "J"): {0: 9.0}})
+  run = kept_report({("real", "4w4a"): {0: 4.0}, ("bns", "4w4a"): {1: 5.0, 2: 6.0}})
+  found = results_merge.merged(run, kept)
+  (table,) = found["tables"]
+  assert (table["rows"], table["columns"]) == (["real", "bns", "old"], ["4w4a", "J"])
+  assert table["cells"]["bns"]["4w4a"]["seeds"] == [0, 1, 2]
+  assert table["cells"]["bns"]["4w4a"]["values"] == [1.0, 5.0, 6.0]
+  assert table["cells"]["old"]["4w4a"]["values"] == [3.0]
+  assert table["cells"]["bns"]["J"]["values"] == [9.0]
+  assert table["cells"]["real"]["J"]["values"] == []
+  assert found["seconds"] == 70.0
+  assert results_store.as_table(table)[0].rows == ("real", "bns", "old")
+
+
+def test_cells_measured_in_another_way_do_not_mix() -> None:
+  kept = kept_report({("bns", "4w4a"): {0: 1.0, 1: 2.0}}, protocol="100 steps")
+  run = kept_report({("bns", "4w4a"): {1: 5.0}}, protocol="200 steps")
+  (table,) = results_merge.merged(run, kept)["tables"]
+  assert table["cells"]["bns"]["4w4a"]["values"] == [5.0]
+  with pytest.raises(KwjaxError, match="cannot merge: the run's network is 'other'"):
+    results_merge.merged({**run, "network": "other"}, kept)
 
 
 def test_runs_are_shown_without_being_kept(tmp_path: pathlib.Path) -> None:

@@ -43,10 +43,18 @@ def test_best_bits_are_those_of_trying_all(mean, units):
 def test_what_does_not_fit_is_refused():
   with pytest.raises(RuleError, match="mean of 2.5 or less: the fewest are 3"):
     best_bits([{3: 0.0, 4: 0.0}], [10], 2.5)
-  for text in ("4", "4w", "w4a", "1w4a", "9w4a", "4wxa", "4w4"):
+  for text in ("4", "4w", "w4a", "1w4a", "9w4a", "4wxa", "4w4", "1.2.3w4a", "0kBw4a", "330kB", "330GBw4a", "330kBw9a"):
     with pytest.raises(RuleError, match="budget is mean bits"):
       Budget.parse(text)
   assert Budget.parse("3.5w32a") == Budget(3.5, None)
+  assert Budget.parse("1.2MBw4a") == Budget(None, 4.0, 1200.0)
+
+
+def test_a_size_is_mean_bits():
+  assert Budget.parse("330kBw4a").in_bits(660_000) == Budget(4.0, 4.0)
+  assert Budget.parse("9MBw32a").in_bits(660_000) == Budget(8.0, None), "more than 8 bits a weight buy nothing"
+  with pytest.raises(RuleError, match=r"100 kB are 1.21 bits for each of 660000 weights: at least 2, 165 kB"):
+    Budget.parse("100kBw4a").in_bits(660_000)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +87,15 @@ def test_budget_is_kept_and_beats_equal_bits(network, images, allocation):
   assert predicted == sorted(predicted, reverse=True)
   copy = quantize(network, allocation.rules, calibrate(network, images, allocation.rules, key=KEY))
   assert np.isfinite(jax.jit(lambda c, x: c.apply(x))(copy, images)).all()
+
+
+def test_a_size_is_kept(network, allocation):
+  bytes_at_4 = sum(s.parameters for s in allocation.sensitivity.values()) / 2
+  found = allocate_from(
+    network, allocation.sensitivity, budget=f"{bytes_at_4 / 1000}kBw4a", rules=QuantRules.parse("8w8a")
+  )
+  assert found.rules == allocation.rules
+  assert found.curve == allocation.curve
 
 
 def test_a_side_without_budget_keeps_the_bits_of_the_rules(network, allocation):
