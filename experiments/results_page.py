@@ -55,7 +55,7 @@ class Options:
   figures: Names = ()
   """Files in the `figures` folder of the one run of --collect that are kept and shown."""
   merge: bool = False
-  """Keep the rows, cells and seeds of the kept report of the same name that the run of --collect has not."""
+  """Keep the rows, cells, seeds and figures of the kept report of the same name that the one run of --collect has not."""
   machine: str | None = None
   """What the runs of --collect ran on. Default: number of CPU cores, or number and kind of accelerators."""
   runs: Folders = ()
@@ -71,8 +71,10 @@ def run(options: Options) -> int:
     KwjaxError: a run or a kept report is unusable, or the words about a study name a cell that there is not.
   """
   folder, images = options.out.parent / "results", options.out.parent / "images" / "results"
-  if len(options.collect) != 1 and (options.name or options.figures):
-    raise KwjaxError(f"--name and --figures belong to the one run of --collect, found {len(options.collect)} runs")
+  if len(options.collect) != 1 and (options.name or options.figures or options.merge):
+    raise KwjaxError(
+      f"--name, --figures and --merge belong to the one run of --collect, found {len(options.collect)} runs"
+    )
   for source in options.collect:
     kept = results_store.collect(
       source,

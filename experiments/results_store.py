@@ -136,7 +136,7 @@ def collect(
     name: of the file; by default STUDY-NETWORK.
     figures: names of files in the run's `figures` folder.
     machine: see `reduced`.
-    merge: keep what the file of the same name has and this run has not, see `results_merge.merged`.
+    merge: keep what the file of the same name has and this run has not, figures included, see `results_merge.merged`.
 
   Returns:
     the file written; one of the same name is replaced.
@@ -153,15 +153,18 @@ def collect(
       raise KwjaxError(f"{run} has no figure {source.name}; there are: {there}")
     if (size := source.stat().st_size) > _LARGEST_FIGURE:
       raise KwjaxError(f"{source} has {size:,} bytes, more than the {_LARGEST_FIGURE:,} of a figure that is kept")
-  kept = folder / f"{name}.json"
+  kept, shown = folder / f"{name}.json", [f"{name}.{source.name}" for source in sources]
   if merge and kept.is_file():
-    content = merged(content, _json(kept))
+    earlier = _json(kept)
+    content = merged(content, earlier)
+    shown = [*earlier["figures"], *(figure for figure in shown if figure not in earlier["figures"])]
   for old in images.glob(f"{name}.*.png"):
-    old.unlink()
+    if old.name not in shown:
+      old.unlink()
   images.mkdir(parents=True, exist_ok=True)
   for source in sources:
     shutil.copyfile(source, images / f"{name}.{source.name}")
-  return write_json(kept, {**content, "figures": [f"{name}.{source.name}" for source in sources]})
+  return write_json(kept, {**content, "figures": shown})
 
 
 def read(folder: pathlib.Path) -> list[Stored]:

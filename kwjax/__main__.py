@@ -13,11 +13,13 @@ _COMMANDS = {
   "experiments.export": "a finished run -> ONNX, StableHLO or safetensors",
   "experiments.table1_ablation": "distillation losses (table 1 of the paper; table2_cifar ... table6_objectives likewise)",
   "experiments.figure2_monitor": "J_KL while images are made (figure 2; figure3_quality, figure5_images, figure7_bias likewise)",
+  "experiments.table_calibration": "ways to calibrate, side by side (table_mixed: bits by layer against equal bits)",
   "experiments.noise_distill": "a student from pure noise (noise_activations, toy_circles, leaves_bns likewise)",
+  "experiments.results_page": "finished studies -> docs/results.md",
   "experiments.prepare_data": "original archives of public data sets -> TFDS form, offline",
   "experiments.train_reference": "train a network of your own to compress",
   "weights_conversion": "PyTorch or safetensors checkpoint -> network folder",
-  "benchmarks.sample_step": "speed beside PyTorch (distill_step, calibrate, scaling likewise)",
+  "benchmarks.sample_step": "speed beside PyTorch (distill_step, calibrate likewise; scaling, time_to_quality, onnx_runtime)",
 }
 _PACKAGES = ("jax", "jaxlib", "flax")
 

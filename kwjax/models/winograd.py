@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from kwjax.models.cpu import has_wide_vectors
+
 _TILE, _INPUTS = 4, 6
 _TO_INPUTS = (
   (4, 0, -5, 0, 1, 0),
@@ -39,6 +41,7 @@ _TO_OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0,
 _FROM_OUTPUTS = tuple(zip(*_TO_OUTPUTS, strict=True))
 _CHANNELS_A_TILE = 4  # beyond which the transformed kernels take more memory than the time they save is worth
 _FEWEST = 32  # channels, below which the transforms cost what the products save
+_LARGEST_PART = 10 << 20  # bytes of transformed images or kernels, beyond which AVX-512 waits for memory
 
 
 def is_worthwhile(images: Sequence[int], kernel: Sequence[int]) -> bool:
@@ -50,17 +53,35 @@ def is_worthwhile(images: Sequence[int], kernel: Sequence[int]) -> bool:
     images: shape (b, h, w, c) of the result.
     kernel: shape (kh, kw, c, d).
   """
-  tiles = images[0] * -(-images[1] // _TILE) * -(-images[2] // _TILE)
-  return tuple(kernel[:2]) == (3, 3) and min(kernel[2:]) >= 64 and tiles * _CHANNELS_A_TILE >= max(kernel[2:])
+  fewest = 128 if has_wide_vectors() else 64
+  return (
+    tuple(kernel[:2]) == (3, 3)
+    and min(kernel[2:]) >= fewest
+    and _tile_count(images) * _CHANNELS_A_TILE >= max(kernel[2:])
+  )
 
 
-def has_fast_kernel_gradient(kernel: Sequence[int]) -> bool:
-  """Whether `kernel_gradient` beats the convolution for a kernel of shape (kh, kw, c, d).
+def has_fast_kernel_gradient(images: Sequence[int], kernel: Sequence[int]) -> bool:
+  """Whether `kernel_gradient` beats the convolution.
 
   Where many channels meet few features, as in a DenseNet, it gains nothing and takes minutes to compile.
+
+  Args:
+    images: shape (b, h, w, c).
+    kernel: shape (kh, kw, c, d).
   """
   fewer, more = sorted(kernel[2:])
-  return tuple(kernel[:2]) == (3, 3) and fewer >= _FEWEST and more <= 2 * fewer
+  part = 4 * _INPUTS**2 * max(_tile_count(images), fewer) * more
+  return (
+    tuple(kernel[:2]) == (3, 3)
+    and fewer >= _FEWEST
+    and more <= 2 * fewer
+    and (part <= _LARGEST_PART or not has_wide_vectors())
+  )
+
+
+def _tile_count(images: Sequence[int]) -> int:
+  return images[0] * -(-images[1] // _TILE) * -(-images[2] // _TILE)
 
 
 def transposed_convolve(images: Array, kernel: Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> Array:

@@ -143,7 +143,8 @@ def allocate_bits(
     budget: mean bits, "4w4a" or "3.5w4a", or the size of all kernels and mean bits of activations, "330kBw4a"; 32 leaves a
       side as the rules have it.
     candidates: bits that a layer may get, 2 to 8.
-    rules: how weights and ranges are read, and the bits of a side without budget; default: those of the paper at 8w8a.
+    rules: how weights and ranges are read, and the bits of a side without budget; default: those of the paper at 8w8a, whose
+      weights have no integer form from 4 bits on. `QuantRules.parse("8w8a", weights="affine0")` has one, for export.
     key: PRNG key of the draws of the calibration.
     batch_size: images forwarded at a time; no influence on the result but for rounding.
     progress: show a bar.
@@ -258,7 +259,7 @@ def _mean(bits: Sequence[int | None], sizes: Sequence[int]) -> float:
 
 
 def _curve(sensitivity: Mapping[str, Sensitivity], budget: Budget) -> tuple[Point, ...]:
-  sides = [side for side, mean in zip(("weights", "activations"), budget, strict=True) if mean is not None]
+  sides = [side for side, mean in zip(("weights", "activations"), budget[:2], strict=True) if mean is not None]
   sizes = {
     "weights": [s.parameters for s in sensitivity.values()],
     "activations": [s.inputs for s in sensitivity.values()],

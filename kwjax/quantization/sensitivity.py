@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -89,8 +90,7 @@ def measure_sensitivity(
     )
   ranges = _ranges_by_bits(network, images, candidates, rules, key, group)
   off = {name: _switch(None) for name in layers}
-  size = min(batch_size, len(images)) // group.size * group.size
-  batches = [np.asarray(images[i : i + size], np.float32) for i in range(0, len(images) - size + 1, size)]
+  batches = _batches(images, batch_size, group.size)
   forward = _compiled_logits(group, tuple(layers))
 
   def logits(variables: Variables, grids: Mapping[str, Any]) -> np.ndarray:
@@ -113,6 +113,13 @@ def measure_sensitivity(
       weights, inputs, math.prod(layer.kernel_shape or ()) * layer.repeats, math.prod(layer.input_shape[1:])
     )
   return found
+
+
+def _batches(images: Array | np.ndarray, batch_size: int, devices: int) -> list[np.ndarray]:
+  """As equal as possible: two shapes to compile at most. Only what fills no share of every device is left out."""
+  shares, parts = len(images) // devices, max(1, math.ceil(len(images) / max(batch_size, devices)))
+  edges = [devices * (shares * i // parts) for i in range(parts + 1)]
+  return [np.asarray(images[start:end], np.float32) for start, end in itertools.pairwise(edges) if end > start]
 
 
 def _ranges_by_bits(

@@ -66,7 +66,7 @@ def test_cells_are_filled_and_one_student_serves_every_evaluation(folder: pathli
   assert (table["rows"], table["columns"]) == (["gaussian", "dead_leaves"], ["P=1", "P=0.5"])
   cells = table["cells"]["gaussian"]
   assert all(cell["seeds"] == [0] for cell in cells.values())
-  assert (cells["P=1"]["paper"], by_batch["cells"]["dead_leaves"]["B=512"]["paper"]) == (13.49, 89.19)
+  assert cells["P=1"]["paper"] is None, "published of another student"
   assert by_batch["cells"]["dead_leaves"]["B=32"]["mean"] is None
   records = {column: cell["records"]["0"] for column, cell in cells.items()}
   assert [len(records[column]["layers"]) for column in ("P=1", "P=0.5")] == [0, 1]
@@ -115,6 +115,15 @@ def test_batch_sizes_are_measured_only_where_they_are_named(folder: pathlib.Path
 
   assert columns() == {"P=1", "P=0"}
   assert columns("B=64", "P=0") == {"B=64", "P=0"}
+
+
+def test_published_numbers_stand_beside_their_own_student() -> None:
+  shares, batches = noise_distill.tables_of(Options(student="resnet18_cifar"), "net")
+  assert (shares.paper["gaussian", "P=1"], shares.paper["dead_leaves", "P=0"]) == (13.49, 89.4)
+  assert batches.paper["dead_leaves", "B=512"] == 89.19
+  shares, batches = noise_distill.tables_of(Options(student="wrn28_10"), "net")
+  assert shares.paper == {("gaussian", "P=0"): 88.12, ("dead_leaves", "P=0"): 90.75}
+  assert not batches.paper
 
 
 def test_three_shares_are_a_curve(folder: pathlib.Path) -> None:

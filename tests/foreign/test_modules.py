@@ -57,6 +57,27 @@ def test_the_head_that_is_not_chosen_is_observed_but_not_quantized() -> None:
   assert [layer.name for layer in matmul_layers(other)] == ["trunk", "mix", "auxiliary_head"]
 
 
+@pytest.mark.slow
+def test_two_heads_go_through_synthesis_and_distillation() -> None:
+  network = make_network(TwoHeads("tuple"), (8, 8, 3), EVALUATION, output=0)
+  config = kwjax.SynthesisConfig.for_network("bns+inception", 8).replace(steps=3, batch_size=8, init="uniform")
+  samples = kwjax.synthesize(network, config, num_images=8, key=jax.random.key(0))
+  bns = samples.history["bns"][0]
+  assert bns[0] > bns[-1] > 0.0
+  assert set(samples.labels.tolist()) <= set(range(5)), "targets are classes of the head that was chosen"
+  rules = kwjax.QuantRules.parse("4w4a")
+  ranges = kwjax.calibrate(network, samples.images, rules, key=jax.random.key(1), steps=1, batch_size=8)
+  student = kwjax.quantize(network, rules, ranges)
+  short = kwjax.DistillConfig(steps=2, batch_size=8, learning_rate=0.01, iq_weight=0.0)
+  tuned = kwjax.distill(student, network, samples.images, short, key=jax.random.key(2))
+  moved = jax.tree.map(
+    lambda new, old: float(jnp.abs(new - old).max()), tuned.variables["params"], student.variables["params"]
+  )
+  assert moved["trunk"]["kernel"] > 0.0
+  assert moved["main_head"]["kernel"] > 0.0
+  assert moved["auxiliary_head"]["kernel"] == 0.0, "nobody looks at the other head"
+
+
 @pytest.mark.parametrize(
   ("form", "output", "message"),
   [

@@ -13,6 +13,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from kwjax.models import cpu, winograd
 from kwjax.models.convolution import conv_general_dilated
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -211,12 +212,28 @@ def test_dense_convolution_and_its_gradients_are_those_of_lax(channels, features
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_narrow_convolutions_are_widened_on_cpus_and_native_elsewhere():
-  images, kernel = jnp.ones((2, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
+@pytest.mark.parametrize(
+  ("channels", "features", "count"), [(16, 16, 2), (3, 16, 4), (16, 3, 8), (12, 8, 4), (9, 9, 1)]
+)
+def test_narrow_convolutions_are_grouped_on_cpus_and_native_elsewhere(channels, features, count):
+  images, kernel = jnp.ones((2, 8, 8, channels)), jnp.ones((3, 3, channels, features))
   convolve = jax.jit(lambda x, k: conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=_LAYOUT))
   traced = convolve.trace(images, kernel)
-  assert "8x8x17xf32" in traced.lower(lowering_platforms=("cpu",)).as_text()
-  assert "8x8x17xf32" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+  grouped = f"3x{2 + count}x{channels}x{count * features}xf32"
+  assert grouped in traced.lower(lowering_platforms=("cpu",)).as_text()
+  assert (grouped in traced.lower(lowering_platforms=("tpu",)).as_text()) == (count == 1)
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 13])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 2), (1, 0))])
+def test_grouped_outputs_are_those_of_lax_at_every_width(width, padding):
+  keys = jax.random.split(jax.random.key(5))
+  images, kernel = jax.random.normal(keys[0], (2, 6, width + 2, 3)), jax.random.normal(keys[1], (3, 3, 3, 8))
+  ours, theirs = (
+    function(images, kernel, (1, 1), padding, dimension_numbers=_LAYOUT)
+    for function in (conv_general_dilated, lax.conv_general_dilated)
+  )
+  np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_kernel_gradient_of_a_strided_convolution_is_a_product_on_cpus_alone():
@@ -249,7 +266,8 @@ def test_pointwise_convolution_never_transposes_the_cotangent(stride):
 @pytest.mark.parametrize(
   ("batch", "height", "width", "padding"), [(20, 8, 8, "SAME"), (8, 9, 14, ((1, 0), (2, 1))), (40, 4, 6, "VALID")]
 )
-def test_winograd_gradient_is_that_of_lax(batch, height, width, padding):
+def test_winograd_gradient_is_that_of_lax(monkeypatch, batch, height, width, padding):
+  monkeypatch.setattr(winograd, "has_wide_vectors", lambda: False)
   keys = jax.random.split(jax.random.key(2))
   images, kernel = (
     jax.random.normal(keys[0], (batch, height, width, 64)),
@@ -272,7 +290,8 @@ def test_winograd_gradient_is_that_of_lax(batch, height, width, padding):
   ("height", "width", "channels", "features", "padding"),
   [(8, 8, 32, 32, "SAME"), (9, 6, 32, 40, ((1, 0), (2, 1))), (5, 7, 40, 32, "VALID"), (1, 1, 32, 32, ((1, 1), (1, 1)))],
 )
-def test_winograd_kernel_gradient_is_that_of_lax(height, width, channels, features, padding):
+def test_winograd_kernel_gradient_is_that_of_lax(monkeypatch, height, width, channels, features, padding):
+  monkeypatch.setattr(winograd, "has_wide_vectors", lambda: False)
   keys = jax.random.split(jax.random.key(3))
   images = jax.random.normal(keys[0], (5, height, width, channels))
   kernel = jax.random.normal(keys[1], (3, 3, channels, features)) / 17
@@ -290,3 +309,32 @@ def test_winograd_kernel_gradient_is_that_of_lax(height, width, channels, featur
   )
   assert "tensor<36x" not in ours.trace(kernel).lower(lowering_platforms=("cuda",)).as_text()
   assert "tensor<36x" not in gradient(conv_general_dilated, "highest").lower(kernel).as_text()
+
+
+@pytest.mark.parametrize(
+  ("images", "kernel", "expected"),  # (gradient to the images, to the kernel) with AVX2, and with AVX-512
+  [
+    ((64, 16, 16, 32), (3, 3, 32, 32), ((False, True), (False, True))),
+    ((64, 8, 8, 64), (3, 3, 64, 64), ((True, True), (False, True))),
+    ((8, 56, 56, 64), (3, 3, 64, 64), ((True, True), (False, False))),
+    ((8, 28, 28, 128), (3, 3, 128, 128), ((True, True), (True, True))),
+    ((1, 7, 7, 512), (3, 3, 512, 512), ((False, True), (False, False))),
+    ((8, 28, 28, 128), (5, 5, 128, 128), ((False, False), (False, False))),
+    ((8, 28, 28, 128), (3, 3, 128, 32), ((False, False), (False, False))),
+  ],
+)
+def test_where_winograd_pays_depends_on_the_vectors(monkeypatch, images, kernel, expected):
+  for is_wide, answers in zip((False, True), expected, strict=True):
+    monkeypatch.setattr(winograd, "has_wide_vectors", lambda is_wide=is_wide: is_wide)
+    assert (winograd.is_worthwhile(images, kernel), winograd.has_fast_kernel_gradient(images, kernel)) == answers
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"), [("flags\t\t: fpu avx2 avx512f avx512bw\n", True), ("flags : fpu avx2\n", False), (None, False)]
+)
+def test_wide_vectors_are_read_off_the_system(tmp_path, monkeypatch, text, expected):
+  path = tmp_path / "cpuinfo"
+  if text is not None:
+    path.write_text("processor : 0\n" + text)
+  monkeypatch.setattr(cpu, "_CPUINFO", path)
+  assert cpu.has_wide_vectors.__wrapped__() is expected

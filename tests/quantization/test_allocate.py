@@ -13,6 +13,7 @@ from kwjax.analysis.allocation_figures import bits_by_layer, size_curves
 from kwjax.errors import KwjaxError, RuleError
 from kwjax.quantization import QuantRules, calibrate, quantize
 from kwjax.quantization.allocate import Budget, allocate_bits, allocate_from, best_bits
+from kwjax.quantization.sensitivity import _batches
 from kwjax.runtime.evaluate import agreement
 
 KEY = jax.random.key(3)
@@ -105,6 +106,15 @@ def test_a_side_without_budget_keeps_the_bits_of_the_rules(network, allocation):
   assert activations == {"stem": 3, "depthwise": 6, "pointwise": 6, "classifier": 6}
   with pytest.raises(RuleError, match="candidates"):
     allocate_bits(network, np.zeros((1, 8, 8, 3), np.float32), budget="4w4a", candidates=(1, 4), key=KEY)
+
+
+def test_every_image_counts() -> None:
+  images = np.arange(10, dtype=np.float32).reshape(10, 1, 1, 1)
+  for devices, expected in ((1, 10), (2, 10), (4, 8)):
+    batches = _batches(images, 4, devices)
+    assert np.concatenate(batches).ravel().tolist() == list(range(expected))
+    assert all(len(batch) % devices == 0 for batch in batches)
+    assert len({len(batch) for batch in batches}) <= 2
 
 
 def test_stacked_layers_are_refused(stacked_networks):
