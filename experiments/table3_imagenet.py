@@ -42,8 +42,8 @@ batch of 60 steps), standard error of one top-1 about 2 points:
     4w4a*                   25.4        26.8            24.6       20.4
     4w4a-1x1                56.2        55.4            57.6       35.0
 
-That took 16 minutes on two cores that others used as well, 2 to 5 of them a batch; `--preset cpu` makes two batches of each
-scheme. `--dry-run` says what a command would cost.
+That took 16 minutes on two cores (AMD EPYC) that others used as well, 2 to 5 of them a batch; `--preset cpu` makes two batches
+of each scheme. `--dry-run` says what a command would cost.
 """
 
 from __future__ import annotations

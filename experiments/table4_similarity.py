@@ -37,8 +37,9 @@ Ours, the same ResNet-44 and a ResNet-8 of three epochs on Fashion-MNIST, 2000 i
     gaussian   .490        .600         11.7   748          100.0 (96.4)   100.0 (98.7)   90.3 (90.6)
     FGSM       .0857       .0283        2.04   35.3         81.5 (66.2)    56.0 (53.1)    76.1 (59.6)
 
-Groups of 16 are told apart by J_KL at 99.9 and more, FGSM too. That took 6 minutes on two shared CPU cores. Nearly all of the
-ResNet-44's J_KL of its own data is the augmentation it was trained with, which plain images lack; its ratios therefore say less.
+Groups of 16 are told apart by J_KL at 99.9 and more, FGSM too. That took 6 minutes on two shared cores (AMD EPYC). Nearly all of
+the ResNet-44's J_KL of its own data is the augmentation it was trained with, which plain images lack; its ratios therefore say
+less.
 
 --preset cpu takes at most 2000 images of a set, drawn at random; smoke 32; paper all of them. --images says otherwise.
 """

@@ -1,7 +1,7 @@
 """Sensitivity to the smoothing kernel, Table 5 of Haroush et al. (2020): schemes I and BNS+I, whose objectives hold the prior.
 
-    python -m weights_conversion --arch resnet44 --source resnet44.th --out networks/resnet44
-    python -m experiments.table5_sigma --network networks/resnet44 --eval-data cifar10.npz:test --preset cpu
+    python -m weights_conversion --arch resnet20 --source resnet20.th --out networks/resnet20
+    python -m experiments.table5_sigma --network networks/resnet20 --eval-data cifar10.npz:test --preset cpu
 
 Rows: the Gaussian kernels that the paper names, side x side pixels with standard deviation s (5x5-s1 and 5x5-s.375 are its
 two settings, 3x3-s1 is that of its Figure 2, 9x9-s.7 that of its Figure 5), and `none`: the same objective without
@@ -9,7 +9,7 @@ the prior. Columns, for each scheme: J_KL of the images (the input counted as a 
 difference to their blur by one and the same kernel, 5x5 of s 1, whatever they were optimized with: small is smooth), and
 top-1 at 4w4a* (first and last layer 8 bit) calibrated on them. The paper's numbers of this table are not known to us.
 
-Ours, ResNet-20 (float 91.64 on 1017 CIFAR-10 test images), --preset cpu, seed 0, about 12 minutes on two cores (AMD EPYC);
+Ours, by that command, ResNet-20 (float 91.64 on 1017 CIFAR-10 test images), seed 0, about 12 minutes on two cores (AMD EPYC);
 standard error of one top-1 about a point:
 
                  inception                       bns+inception

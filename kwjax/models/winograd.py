@@ -40,6 +40,7 @@ _TO_KERNEL = (
 _TO_OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 _FROM_OUTPUTS = tuple(zip(*_TO_OUTPUTS, strict=True))
 _CHANNELS_A_TILE = 4  # beyond which the transformed kernels take more memory than the time they save is worth
+_MANY_TILES = 1024  # from which 64 channels are enough with AVX-512 too
 _FEWEST = 32  # channels, below which the transforms cost what the products save
 _LARGEST_PART = 10 << 20  # bytes of transformed images or kernels, beyond which AVX-512 waits for memory
 
@@ -53,12 +54,9 @@ def is_worthwhile(images: Sequence[int], kernel: Sequence[int]) -> bool:
     images: shape (b, h, w, c) of the result.
     kernel: shape (kh, kw, c, d).
   """
-  fewest = 128 if has_wide_vectors() else 64
-  return (
-    tuple(kernel[:2]) == (3, 3)
-    and min(kernel[2:]) >= fewest
-    and _tile_count(images) * _CHANNELS_A_TILE >= max(kernel[2:])
-  )
+  tiles = _tile_count(images)
+  fewest = 128 if has_wide_vectors() and tiles < _MANY_TILES else 64
+  return tuple(kernel[:2]) == (3, 3) and min(kernel[2:]) >= fewest and tiles * _CHANNELS_A_TILE >= max(kernel[2:])
 
 
 def has_fast_kernel_gradient(images: Sequence[int], kernel: Sequence[int]) -> bool:
