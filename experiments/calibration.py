@@ -65,9 +65,18 @@ BEST = Method(weights_range="by-bits", corrects_bias=True, corrects_variance=Tru
 """The best without data in `experiments.table_calibration`, on ResNet-44 4w4a and 2w4a and EfficientNet-Lite0 4w8a."""
 
 
+def calibration_of(options: Options) -> str:
+  """--calibration, by default the paper's under --preset paper, else the best."""
+  return options.calibration or ("paper" if options.preset == "paper" else "best")
+
+
+def weight_reading_of(options: Options) -> str:
+  """--weight-reading, by default the paper's where its calibration is taken, else one that integer kernels can run."""
+  return options.weight_reading or ("auto" if calibration_of(options) == "paper" else "integer")
+
+
 def method_of(options: Options) -> Method:
-  """What --calibration says, by default the paper's under --preset paper, with the options that were given put in its place."""
-  calibration = options.calibration or ("paper" if options.preset == "paper" else "best")
+  """What --calibration says, with the options that were given put in its place."""
   given: dict[str, Any] = {
     "ranges": options.range_reading,
     "weights_range": options.weight_range,
@@ -75,7 +84,7 @@ def method_of(options: Options) -> Method:
     "corrects_variance": None if options.correction is None else options.correction == "moments",
     "equalizes": options.equalize,
   }
-  base = {"paper": PAPER, "best": BEST}[calibration]
+  base = {"paper": PAPER, "best": BEST}[calibration_of(options)]
   return base._replace(**{name: value for name, value in given.items() if value is not None})
 
 

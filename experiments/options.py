@@ -39,9 +39,9 @@ class Options:
   """Precision of the first convolution and of the classifier; `none` treats them like the rest."""
   overrides: tuple[str, ...] = ()
   """Exceptions to --bits, each PATTERN=BITS: a layer path, a regular expression, or `1x1` (1x1=8w8a)."""
-  weight_reading: Literal["auto", "affine", "affine0", "sym", "symfull", "midrise"] = "auto"
-  """Grid of the weights. auto: affine from 4 bits on, the paper's, which has no integer form; affine0, sym and symfull have
-  one, and the saved network then holds integer weights."""
+  weight_reading: Literal["integer", "auto", "affine", "affine0", "sym", "symfull", "midrise"] | None = None
+  """Grid of the weights. integer: affine0 from 4 bits on, symfull below; such copies are saved and exported as integers. auto:
+  affine instead of affine0, the paper's, which has no integer form. Default: auto under --calibration paper, else integer."""
   calibration: Literal["best", "paper"] | None = None
   """best: what made the best copies without data (docs/results.md): weight ranges of least squared error from 3 bits on, and the
   moments of all channels brought back to the float network's. paper: extremes alone. Default: paper under --preset paper, else

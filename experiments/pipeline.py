@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments import cost, memory, results, stages
-from experiments.calibration import Method, calibrated_copy, method_of
+from experiments.calibration import Method, calibrated_copy, method_of, weight_reading_of
 from experiments.common import Stages, get_network, in_workdir, say, start
 from experiments.options import (
   Options,
@@ -149,7 +149,7 @@ def parse_rules(options: Options, network: Network) -> dict[str, QuantRules]:
       bits,
       first_last=options.first_last_bits(),
       overrides=overrides,
-      weights=options.weight_reading,
+      weights=weight_reading_of(options),
     )
     for bits in options.bits
   }

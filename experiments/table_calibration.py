@@ -77,7 +77,7 @@ class Options(StudyOptions):
   """Precision, #w#a."""
   first_last: str = "none"
   """Precision of the first convolution and of the classifier; `none` treats them like the rest."""
-  weight_reading: Literal["auto", "affine", "affine0", "sym", "symfull", "midrise"] = "auto"
+  weight_reading: Literal["auto", "integer", "affine", "affine0", "sym", "symfull", "midrise"] = "auto"
   """Grid of the weights; auto: affine from 4 bits on, which has no integer form; affine0, sym and symfull have one."""
 
 

@@ -1,13 +1,23 @@
 """Bits by layer against equal bits everywhere, at equal size: what `kwjax.allocate_bits` is worth.
 
     python -m weights_conversion --arch resnet44 --source resnet44.th --out networks/resnet44
-    python -m experiments.table_mixed --network networks/resnet44 --eval-data cifar10.npz:test
+    python -m experiments.table_mixed --network networks/resnet44 --eval-data cifar10.npz:test --images 128
 
 Rows: mean bits of the weights, over all weights, and of the activations, over all values that layers read; a copy of a row is as
 large as the one with that many bits everywhere. Columns: `equal`, the same bits in every layer; `by layer`, the bits that
 `allocate_bits` chooses by the sensitivity of each layer, measured on images made from BatchNorm statistics. Both are calibrated
 on these images in the main job's way (`--calibration best`), in the columns `..., paper` in the paper's. Two tables: top-1, and
 KL(float || copy). No real image is used but for the evaluation.
+
+Ours, by that command, ResNet-44 (float 93.41 on 1017 CIFAR-10 test images), seed 0, four minutes on two cores (AMD EPYC with
+AVX-512); standard error of one top-1 about 0.9 points:
+
+              equal    by layer   equal, paper   by layer, paper      KL: equal   by layer
+    3w3a      80.92    88.00      66.76          87.41                .777        .346
+    3.5w3.5a           91.15                     90.56                            .101
+    4w4a      92.04    91.84      88.50          92.13                .145        .043
+    5w5a      91.94    92.92      91.84          92.82                .053        .012
+    6w6a      92.92    92.82      93.02          93.22                .016        .004
 
 No published numbers; the idea is that of ZeroQ (Cai et al. 2020, 3.2) and HAWQ-V3 (Yao et al. 2021).
 """

@@ -13,7 +13,7 @@ from kwjax.errors import RuleError
 from kwjax.network import Network
 from kwjax.quantization.grids import WEIGHT_READINGS
 
-AUTO = "auto"
+AUTO, INTEGER = "auto", "integer"
 RANGE_READINGS = ("sample", "chunk", "percentile", "mse", "entropy")
 """sample: the extremes of every sample, averaged. chunk: the extremes over a chunk of samples, averaged over chunks.
 
@@ -90,7 +90,8 @@ class QuantRules:
     first_last: bits of the first convolution and of the last layer in execution order, or None.
     overrides: pairs of a pattern and bits; a pattern is a layer path, a regular expression that matches a whole path,
       "1x1", "first" or "last".
-    weights: reading of weight bits, a name in `WEIGHT_READINGS`, or "auto": affine from 4 bits, symfull at 2 and 3.
+    weights: reading of weight bits, a name in `WEIGHT_READINGS`; or "auto": affine from 4 bits, symfull at 2 and 3; or "integer":
+      affine0 from 4 bits, symfull at 2 and 3, all of which have an integer form.
     ranges: reading of activation ranges, a name in `RANGE_READINGS`.
     weights_range: "minmax" or "mse", see `WEIGHT_RANGES`.
   """
@@ -104,7 +105,7 @@ class QuantRules:
 
   def __post_init__(self) -> None:
     for kind, value, known in (
-      ("weight reading", self.weights, (AUTO, *WEIGHT_READINGS)),
+      ("weight reading", self.weights, (AUTO, INTEGER, *WEIGHT_READINGS)),
       ("weight range", self.weights_range, WEIGHT_RANGES),
     ):
       if value not in known:
@@ -134,7 +135,7 @@ class QuantRules:
       bits: "4w4a": 4 bit weights, 4 bit activations; 2 to 8 bits, 32 for float, or "float" for both.
       first_last: the same, for the first convolution and the last layer.
       overrides: `{path, regular expression, "1x1", "first" or "last": bits}`; the first that matches a layer wins.
-      weights: "auto", "affine", "affine0", "sym", "symfull" or "midrise".
+      weights: "auto", "integer", "affine", "affine0", "sym", "symfull" or "midrise".
       ranges: "sample", "chunk", "percentile" or "percentile:99.9", "mse" or "entropy".
       weights_range: "minmax" or "mse".
 
@@ -160,9 +161,11 @@ class QuantRules:
     """Name in `WEIGHT_READINGS` that `weight_bits` bits are read by; None for float weights."""
     if weight_bits is None:
       return None
-    if self.weights != AUTO:
+    if self.weights not in (AUTO, INTEGER):
       return self.weights
-    return "affine" if weight_bits >= 4 else "symfull"
+    if weight_bits < 4:
+      return "symfull"
+    return "affine" if self.weights == AUTO else "affine0"
 
   def resolve(self, network: Network) -> dict[str, LayerRule]:
     """The rule of every convolution and dense layer of a network, in execution order.

@@ -66,7 +66,7 @@ def test_two_heads_go_through_synthesis_and_distillation() -> None:
   assert bns[0] > bns[-1] > 0.0
   assert set(samples.labels.tolist()) <= set(range(5)), "targets are classes of the head that was chosen"
   rules = kwjax.QuantRules.parse("4w4a")
-  ranges = kwjax.calibrate(network, samples.images, rules, key=jax.random.key(1), steps=1, batch_size=8)
+  ranges = kwjax.calibrate(network, samples.images, rules, key=jax.random.key(1), steps=1, batch_size=16)
   student = kwjax.quantize(network, rules, ranges)
   short = kwjax.DistillConfig(steps=2, batch_size=8, learning_rate=0.01, iq_weight=0.0)
   tuned = kwjax.distill(student, network, samples.images, short, key=jax.random.key(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -63,6 +64,9 @@ def test_auto_reading_follows_the_bits(network):
   rules = QuantRules.parse("2w4a", first_last="4w4a", overrides={"pointwise": "3w4a"})
   readings = {name: rule.weight_reading for name, rule in rules.resolve(network).items()}
   assert readings == {"stem": "affine", "depthwise": "symfull", "pointwise": "symfull", "classifier": "affine"}
+  whole = dataclasses.replace(rules, weights="integer").resolve(network)
+  readings = {name: rule.weight_reading for name, rule in whole.items()}
+  assert readings == {"stem": "affine0", "depthwise": "symfull", "pointwise": "symfull", "classifier": "affine0"}
   fixed = QuantRules.parse("2w4a", weights="midrise").resolve(network)
   assert {rule.weight_reading for rule in fixed.values()} == {"midrise"}
 
