@@ -29,7 +29,8 @@ dead leaves 84.63 (1.00) and 87.51 (.10) running, 87.18 (.64) and 89.71 (.41) cu
 92.26 (.32), BNS 90.10 (.40) and 92.00 (.11), Gaussian 84.92 (.23) and 90.76 (.52) running, 87.25 (.49) and 92.07 (.28) current,
 dead leaves 87.81 (.43) and 89.84 (.45) running, 88.95 (.40) and 91.61 (.37) current. So noise calibrates better with current
 statistics than with running ones; dead leaves then do so without one optimization step, as well as BNS images for ResNet-20 and
-a point worse for ResNet-44 at 4w4a. As extra data dead leaves cost accuracy at 4w4a.
+a point worse for ResNet-44 at 4w4a. As extra data dead leaves cost accuracy: at 4w4a, and at 2w4a after 120 steps, 69.62
+against 76.79 with BNS images alone (ResNet-20, seed 0).
 """
 
 from __future__ import annotations
