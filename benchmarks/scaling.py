@@ -108,11 +108,20 @@ def main(args: Sequence[str] | None = None) -> int:
   """Command line; returns the exit status."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--network", default="resnet44", help="one of kwjax.known_models()")
-  parser.add_argument("--batch", type=int, default=32, help="images over all devices, a multiple of 8")
+  parser.add_argument(
+    "--batch", type=int, default=32, help="images over all devices, a multiple of each number of devices"
+  )
   parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of devices")
   parser.add_argument("--repeats", type=int, default=10, help="steps timed for each number of devices")
   parser.add_argument("--json", help="file for the results")
   options = parser.parse_args(args)
+  uneven = [count for count in options.devices if count < 1 or options.batch < 1 or options.batch % count]
+  if uneven:
+    print(
+      f"error: --batch {options.batch} does not divide over {uneven[0]} devices, and equal shares are what is compared",
+      file=sys.stderr,
+    )
+    return 2
   # Read when the backend starts; without effect on accelerators.
   flag = f"--xla_force_host_platform_device_count={max(options.devices)}"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

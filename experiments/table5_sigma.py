@@ -46,6 +46,7 @@ import tyro
 
 from experiments import cost, sources, stages
 from experiments.common import run_command
+from experiments.distilled import float_score
 from experiments.sources import Source, identity, short_name
 from experiments.stages import Site
 from experiments.study import Cell, CellPlan, Setup, Study, StudyOptions, run
@@ -179,6 +180,10 @@ def smoothness_of(source: Source) -> Any:
   return compute
 
 
+def _float(site: Site, setup: Setup) -> Mapping[str, Any] | None:
+  return None if setup.eval_data is None or setup.eval_data.labels is None else float_score(site, setup.eval_data)
+
+
 def build(setup: Setup) -> Study:
   """Table 5 for the network of the command line."""
   columns = tuple(f"{scheme}-{measure}" for scheme in SCHEMES for measure in _UNITS)
@@ -198,6 +203,7 @@ def build(setup: Setup) -> Study:
     plan=work.plan,
     protocol={"data used": "none: images come from the network itself"},
     describe=work.describe,
+    report=lambda site, results: {"float": _float(site, setup)},
     figures=work.figures,
     need=setup.need([setup.config(scheme) for scheme in SCHEMES], distills=False),
   )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import pathlib
 import re
 import zipfile
@@ -203,16 +204,32 @@ def open_path(path: pathlib.Path, split: str | None, num_classes: int | None) ->
     raise DataError(f"no such data: {path}")
   if path.is_dir():
     folder = path / split if split else path
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
-    names = [p.relative_to(folder).as_posix() for p in files]
+    names = _names_below(folder)
     return _open_files(str(folder), names, lambda name: (folder / name).read_bytes(), num_classes)
   if zipfile.is_zipfile(path):
-    archive = zipfile.ZipFile(path)
+    try:
+      archive = zipfile.ZipFile(path)
+    except UNREADABLE as error:
+      raise DataError(f"cannot read {path}: {error}") from error
     prefix = f"{split}/" if split else ""
     names = sorted(n for n in archive.namelist() if pathlib.PurePosixPath(n).suffix.lower() in _SUFFIXES)
     chosen = [n for n in names if n.startswith(prefix)]
     return _open_files(str(path), chosen, archive.read, num_classes)
   raise DataError(f"{path} is neither an .npz, a zip (or it is damaged) nor a folder of images")
+
+
+def _names_below(folder: pathlib.Path) -> list[str]:
+  """Images in a folder and those in it, by relative path; sorted.
+
+  Raises:
+    DataError: a folder cannot be read. Left out silently it would shift the labels of all classes after it.
+  """
+
+  def refuse(error: OSError) -> None:
+    raise DataError(f"cannot read {error.filename}: {error.strerror or error}") from error
+
+  found = [pathlib.Path(place, name) for place, _, names in os.walk(folder, onerror=refuse) for name in names]
+  return sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() in _SUFFIXES and p.is_file())
 
 
 def _open_files(

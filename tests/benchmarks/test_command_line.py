@@ -31,13 +31,14 @@ def run(command: str, *options: str, path: pathlib.Path | None = None) -> subpro
 def test_figures_of_both_sides_are_written(command: str, tmp_path: pathlib.Path) -> None:
   file = tmp_path / "figures.json"
   extra = ("--images", "8") if command == "calibrate" else ()
-  done = run(command, "--networks", "resnet20", *TINY, *extra, "--json", str(file))
+  names = ["resnet20", "resnet20"] if command == "calibrate" else ["resnet20"]
+  done = run(command, "--networks", ",".join(names), *TINY, *extra, "--json", str(file))
   assert done.returncode == 0, done.stderr
   assert "resnet20" in done.stdout
   found = json.loads(file.read_text())
   assert {"processor", "cores", "jax", "torch"} <= set(found["machine"])
-  (figures,) = found["results"]
-  assert figures["network"] == "resnet20"
+  assert [figures["network"] for figures in found["results"]] == names
+  figures = found["results"][-1]
   assert (figures["image_size"], figures["batch"], figures["rounds"]) == (16, 4, 2)
   assert figures["ratio"] == pytest.approx(figures["torch_ms"] / figures["kwjax_ms"])
   assert figures["torch_variant"] in ("contiguous", "channels_last")

@@ -179,6 +179,17 @@ def with_password(folder: pathlib.Path) -> list[str]:
   return ["--eval-data", str(folder / "bad.zip")]
 
 
+def damaged_index(folder: pathlib.Path) -> list[str]:
+  """A zip of one image with a flipped bit in the directory at its end, whose own record still looks whole."""
+  with zipfile.ZipFile(folder / "bad.zip", "w") as archive:
+    archive.writestr("0_a.png", b"an image")
+  content = bytearray((folder / "bad.zip").read_bytes())
+  content[content.index(b"PK\x01\x02")] ^= 1
+  (folder / "bad.zip").write_bytes(content)
+  assert zipfile.is_zipfile(folder / "bad.zip")
+  return ["--eval-data", str(folder / "bad.zip")]
+
+
 def in_a_file(folder: pathlib.Path) -> list[str]:
   (folder / "file").write_text("")
   return ["--workdir", str(folder / "file")]
@@ -257,6 +268,7 @@ CASES: dict[str, tuple[Case, str]] = {
   "arrays of other names": (data(pictures=PIXELS), "expected one of"),
   "data that is no npz": (data_file("bad.npz", b"not an archive"), r"cannot read .*bad\.npz"),
   "cut-off zip": (data_file("bad.zip", b"PK\x03\x04 cut off"), "neither an .npz, a zip"),
+  "zip with a damaged index": (damaged_index, r"cannot read .*bad\.zip: Bad magic number for central directory"),
   "object arrays": (pickled_data, r"cannot read .*bad\.npz: Object arrays"),
   "npz that claims a billion images": (claiming_data, r"cannot read .*bad\.npz"),
   "no such data": (options("--eval-data", "nowhere"), "no such data: nowhere"),

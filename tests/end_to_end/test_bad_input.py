@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -9,9 +10,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from experiments import cifar_bns, memory
@@ -135,6 +138,24 @@ def test_a_folder_without_permission(
   finally:
     locked.chmod(0o700)
   assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_class_folder_without_permission_shifts_no_labels(
+  inputs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  for name in ("cat", "dog"):
+    (tmp_path / "data" / name).mkdir(parents=True)
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "0.png")
+  scan = os.scandir
+
+  def refuse(place: Any = ".") -> Any:  # root may read everything, so the system does not refuse here
+    if str(place).endswith("cat"):
+      raise PermissionError(errno.EACCES, "Permission denied", str(place))
+    return scan(place)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  assert cifar_bns.main(command_line(inputs, tmp_path, ["--eval-data", str(tmp_path / "data")])) == 2
+  assert f"cannot read {tmp_path / 'data' / 'cat'}: Permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
