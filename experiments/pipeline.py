@@ -281,6 +281,10 @@ def fine_tune(
     return None
   near = method_of(job.options).corrects_variance and is_near(calibrated)
   config = distill_config(job.options, job.site.network, job.chosen, job.config.scheme, near=near)
+  if job.options.preset != "paper" and config.batch_norm == "train" and job.site.network.image_shape[0] <= 64:
+    # ResNet-20, 2w4a, 120 steps on 380 BNS images: 86.14 % with the stages, 75.32 without. Not measured on large images, whose
+    # stages have so many elements that this weight would leave nothing of KL.
+    config = config.replace(iq_weight=1e-2, iq_reduction="sum")
   tuned = fine_tuned(job.site, student, images, config, key=job.key(DISTILL_KEY))
   score = job.site.stages.once("distilled", lambda: scorer.score(tuned))
   say(f"fine-tuned {student.name}: {results.in_words(score)}")

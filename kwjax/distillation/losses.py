@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kwjax.errors import KwjaxError
 from kwjax.runtime import parallel
@@ -73,7 +74,11 @@ def smooth_l1(x: Array, y: Array, *, weights: Array | None = None) -> Array:
 
 
 def stage_losses(
-  student_features: Mapping[str, Array], teacher_features: Mapping[str, Array], *, weights: Array | None = None
+  student_features: Mapping[str, Array],
+  teacher_features: Mapping[str, Array],
+  *,
+  weights: Array | None = None,
+  reduction: str = "mean",
 ) -> dict[str, Array]:
   """`smooth_l1` of each stage, in the order of the teacher's stages; `{stage: f32[]}`.
 
@@ -81,6 +86,7 @@ def stage_losses(
     student_features: `{stage: f32[b,h,w,c]}`.
     teacher_features: the same stages of the teacher.
     weights: f32[b] of the images, or None. A stage with k times as many entries gives each weight to k consecutive ones.
+    reduction: over the elements of a stage: "mean", or "sum", h w c times as much; always the mean over images.
 
   Raises:
     KwjaxError: the networks' stages differ in name or in shape, or a stage's leading axis does not fit the weights.
@@ -93,6 +99,7 @@ def stage_losses(
       raise KwjaxError(f"stage {stage} has shape {wanted.shape} in the teacher and {found.shape} in the student")
   return {
     stage: smooth_l1(student_features[stage], value, weights=_entry_weights(stage, value, weights))
+    * (float(np.prod(value.shape[1:])) if reduction == "sum" else 1.0)
     for stage, value in teacher_features.items()
   }
 

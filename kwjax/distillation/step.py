@@ -141,7 +141,7 @@ def distill_loss(
   variables = {**student.variables, "params": params}
   forwarded = variables if weights is None or not trains else weigh(variables, weights)
   logits, mutated = recording_features(apply, tuple(teacher_features))(forwarded, images)
-  stages = stage_losses(recorded_features(mutated), teacher_features, weights=weights)
+  stages = stage_losses(recorded_features(mutated), teacher_features, weights=weights, reduction=config.iq_reduction)
   kl = kl_divergence(logits, teacher_logits, temperature=config.temperature, weights=weights)
   loss = config.kl_weight * kl + config.iq_weight * sum(stages.values(), jnp.float32(0.0))
   if weights is not None:

@@ -18,6 +18,8 @@ import PIL.Image
 from kwjax.errors import DataError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+_IGNORED = (".", "__MACOSX")
+"""What the names of files and folders begin with that hold no images of the set."""
 _SPLITS = {"test": ("test",), "validation": ("validation", "val", "valid"), "train": ("train",)}
 # What decoders raise for a damaged or hostile file: PIL OSError, SyntaxError (PNG), ValueError and its error for images
 # of too many pixels; zipfile BadZipFile, zlib.error (an Exception of its own), EOFError, RuntimeError (a password, an
@@ -196,7 +198,7 @@ def open_path(path: pathlib.Path, split: str | None, num_classes: int | None) ->
   """Opens an .npz, a zip or a folder as `load_data` describes; labels are not checked yet.
 
   Raises:
-    DataError: nothing is there, or the form is unknown.
+    DataError: nothing is there, it cannot be read, or the form is unknown.
   """
   if path.suffix == ".npz" and path.is_file():
     return _open_npz(path, split)
@@ -232,10 +234,28 @@ def _names_below(folder: pathlib.Path) -> list[str]:
   return sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() in _SUFFIXES and p.is_file())
 
 
+def _image_names(folder: pathlib.Path) -> list[str]:
+  """Image files below a folder, relative to it, in the order of their parts.
+
+  Raises:
+    DataError: a folder cannot be listed; without it the classes after it would get other labels.
+  """
+
+  def refuse(error: OSError) -> None:
+    raise DataError(f"cannot read the folder {error.filename}: {error.strerror or error}") from error
+
+  names: list[str] = []
+  for place, folders, files in os.walk(folder, onerror=refuse):
+    folders[:] = [name for name in folders if not name.startswith(_IGNORED)]
+    inner = pathlib.Path(place).relative_to(folder)
+    names += [(inner / name).as_posix() for name in files if pathlib.PurePath(name).suffix.lower() in _SUFFIXES]
+  return sorted(names, key=lambda name: name.split("/"))
+
+
 def _open_files(
   place: str, names: list[str], load: Callable[[str], bytes], num_classes: int | None
 ) -> tuple[Source, np.ndarray | None]:
-  names = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
+  names = [n for n in names if not any(part.startswith(_IGNORED) for part in n.split("/"))]
   if not names:
     raise DataError(f"{place} holds no images ({', '.join(sorted(_SUFFIXES))})")
   parents = sorted({n.rpartition("/")[0] for n in names})

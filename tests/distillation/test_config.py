@@ -58,6 +58,7 @@ def test_presets_are_the_published_settings() -> None:
   assert (cifar.steps, cifar.batch_size, cifar.learning_rate, cifar.iq_weight) == (16_000, 256, 0.1, 1e-3)
   assert (imagenet.steps, imagenet.batch_size, imagenet.learning_rate) == (44_000, 256, 0.1)
   assert cifar.mixup == imagenet.mixup == Mixup(lam=0.5)
+  assert (cifar.iq_reduction, imagenet.iq_reduction) == ("sum", "mean")
   short = DistillConfig.preset("short", steps=20)
   assert (short.steps, short.learning_rate, short.mixup) == (20, 0.01, None)
   with pytest.raises(KwjaxError, match="unknown preset 'paper'; known: cifar, imagenet, noise, short"):
@@ -73,6 +74,7 @@ def test_presets_are_the_published_settings() -> None:
     ({"steps": 5, "learning_rate": float("nan")}, "learning_rate must be positive, found nan"),
     ({"steps": 5, "temperature": 0.0}, "temperature must be positive"),
     ({"steps": 5, "iq_weight": -1.0}, "iq_weight must not be negative"),
+    ({"steps": 5, "iq_reduction": "max"}, "unknown iq_reduction 'max'; known: mean, sum"),
     ({"steps": 5, "iq_weight": 0.0, "kl_weight": 0.0}, "nothing to learn from"),
     ({"steps": 5, "batch_norm": "eval"}, "unknown batch_norm 'eval'; known: train, frozen"),
   ],

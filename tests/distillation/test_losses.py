@@ -82,6 +82,11 @@ def test_intermediate_loss_is_torchs_summed_over_stages() -> None:
   )
   np.testing.assert_allclose(intermediate_loss(s, t), expected, rtol=1e-5)
   assert list(stage_losses(s, t)) == ["a", "b"]
+  for stage, value in stage_losses(s, t, reduction="sum").items():
+    summed = torch.nn.functional.smooth_l1_loss(
+      torch.tensor(np.array(s[stage])), torch.tensor(np.array(t[stage])), reduction="sum"
+    )
+    np.testing.assert_allclose(value, summed / len(s[stage]), rtol=1e-5)
   assert float(intermediate_loss({}, {})) == 0.0
 
 

@@ -46,6 +46,7 @@ def test_columns_differ_in_iq_and_mix_alone(folder: pathlib.Path) -> None:
   for cell in cells:
     config = dict(cell.plan.settings["distillation"]["config"])
     found[cell.row, cell.column] = config.pop("iq_weight"), config.pop("mixup") is not None
+    assert config.pop("iq_reduction", "mean") == ("sum" if "IQ" in cell.column else "mean")
     assert config == {
       name: value
       for name, value in cells[0].plan.settings["distillation"]["config"].items()
