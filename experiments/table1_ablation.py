@@ -7,8 +7,8 @@
 Rows: images a class (--samples), each a set of its own. Columns: the loss, top-1 at 2w4a** (first and last layer 4 bit;
 --bits and --first-last choose others) after distillation. KD: KL to the teacher's probabilities; IQ: --iq-weight times the
 smooth-L1 distance of the outputs of both networks' stages, summed over their elements; Mix: every image mixed half and half
-with another one, which both networks see. All else is equal: images, calibration, seeds, schedule. --source says where the images come from:
-`real` where --real-data is given, `bns` (made out of the network) otherwise.
+with another one, which both networks see. All else is equal: images, calibration, seeds, schedule. --source says where the
+images come from: `real` where --real-data is given, `bns` (made out of the network) otherwise.
 
 The paper's top-1 (%) as far as it is known to us, ResNet-44 (float 93.23). We read its samples as images a class: in all, one
 sample could be mixed with nothing but itself.
