@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kwjax.errors import KwjaxError
@@ -40,8 +40,11 @@ def merged(run: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
 def _merged_table(run: Mapping[str, Any], kept: Mapping[str, Any] | None) -> dict[str, Any]:
   if kept is None:
     return dict(run)
-  union = lambda key: list(dict.fromkeys([*run[key], *kept[key]]))
-  empty = lambda column: {"values": [], "seeds": [], "unit": _unit(run, kept, column), **_EMPTY}
+  union: Callable[[str], list[str]] = lambda key: list(dict.fromkeys([*run[key], *kept[key]]))
+
+  def empty(column: str) -> dict[str, Any]:
+    return {"values": [], "seeds": [], "unit": _unit(run, kept, column), **_EMPTY}
+
   cells = {
     row: {
       column: _merged_cell(run["cells"].get(row, {}).get(column), kept["cells"].get(row, {}).get(column))

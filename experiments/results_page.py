@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import results_store
+from experiments import published, results_store
 from experiments.common import run_command, say
 from experiments.results_store import SECTIONS, Stored
 from experiments.tables import NOT_MEASURED, Results, Table, as_rows, cell_text, over_seeds
@@ -129,6 +129,7 @@ def render(stored: Sequence[Stored], words: Mapping[str, str], *, images: str = 
       parts.append(f"{_filled(words[study], study, stored)}\n")
     for report in own:
       parts += _report(report, images)
+    parts += [_unmeasured(study, known) for known in published.unmeasured(study, own)]
   return "\n".join(parts)
 
 
@@ -155,9 +156,26 @@ def _markdown(table: Table, results: Results) -> str:
   lines = [
     {_plain(name): _plain(str(value or NOT_MEASURED)) for name, value in row.items()} for row in as_rows(table, results)
   ]
-  header = list(lines[0])
-  body = [header, ["---"] * len(header), *([line[name] for name in header] for line in lines)]
-  return "\n".join(f"| {' | '.join(line)} |" for line in body)
+  return _grid([list(lines[0]), *(list(line.values()) for line in lines)])
+
+
+def _grid(lines: Sequence[Sequence[str]]) -> str:
+  """Lines of cells, the first one the header."""
+  header, *body = lines
+  return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
+
+
+def _unmeasured(study: str, known: published.Unmeasured) -> str:
+  """The paper's numbers alone, and why there are none of ours."""
+  table = known.table
+  number = lambda value: "" if value is None else f"{value:g}"
+  lines = [[row, *(number(table.paper.get((row, column))) for column in table.columns)] for row in table.rows]
+  grid = _grid([["", *map(_plain, table.columns)], *lines])
+  words = (
+    f"{_plain(table.note)} The paper's numbers, as far as known to us; not measured here: {known.reason}. "
+    f"`python -m experiments.{study} --preset paper` measures them{known.how}."
+  )
+  return f"**The paper's {_plain(table.title)}**\n\n{grid}\n\n{words.strip()}\n"
 
 
 def _facts(content: Mapping[str, Any]) -> list[str]:

@@ -80,7 +80,7 @@ _VARIANTS: dict[str, tuple[str, ...]] = {
 }
 _PER_CLASS = 10
 _MANY_PER_CLASS, _MANY = 100, "-100"
-_PAPER: dict[str, Published] = {
+PAPER: dict[str, Published] = {
   "resnet18": {
     "8w8a": (69.63, 69.55, 69.6, 69.57, 68.94),
     "4w4a*": (54.72, 55.29, 38.25, 55.49, 53.02),
@@ -98,7 +98,9 @@ _PAPER: dict[str, Published] = {
     "KD-4w4a": (71.08, 71.26, 63.98, 70.72, 63.59),
   },
 }
-_PAPER_FLOAT = {"resnet18": 69.75, "mobilenet_v2": 71.88, "densenet121": 74.65}
+"""The paper's numbers by architecture."""
+PAPER_FLOAT = {"resnet18": 69.75, "mobilenet_v2": 71.88, "densenet121": 74.65}
+LEGEND = "* first and last layer 8 bit, -1x1 1x1 convolutions 8 bit, -100 100 images a class."
 
 
 def build(setup: Setup) -> Study:
@@ -117,9 +119,9 @@ def build(setup: Setup) -> Study:
     setup,
     title=f"Table 3: {setup.network.name}, top-1 (%) after calibration and after distillation (KD) by data source",
     columns=columns,
-    published=_PAPER.get(arch, {}),
+    published=PAPER.get(arch, {}),
     optional=long,
-    note=f"* first and last layer 8 bit, -1x1 1x1 convolutions 8 bit, -100 100 images a class. {_about_paper(arch)}",
+    note=f"{LEGEND} {about_paper(arch)}",
   )
 
 
@@ -129,7 +131,7 @@ def _columns(setup: Setup, arch: str, distill_images: int | None) -> dict[str, C
   few = distill_images or (_PER_CLASS * classes if is_paper else setup.chosen.images)
   columns = {name: Column(_RULES[name]) for name in ("8w8a", *variants)}
   columns |= {f"{KD}{name}": Column(_RULES[name], few) for name in variants}
-  for name in _PAPER.get(arch, {}):
+  for name in PAPER.get(arch, {}):
     if name.endswith(_MANY):
       missing = (
         None if is_paper else f"{name} needs --preset paper: {_MANY_PER_CLASS} images for each of {classes} classes"
@@ -138,10 +140,11 @@ def _columns(setup: Setup, arch: str, distill_images: int | None) -> dict[str, C
   return columns
 
 
-def _about_paper(arch: str) -> str:
-  if arch not in _PAPER:
+def about_paper(arch: str) -> str:
+  """What sets the paper's numbers of an architecture apart from others."""
+  if arch not in PAPER:
     return "No published numbers for this network."
-  return f"The paper's network has float {_PAPER_FLOAT[arch]:g}; its KD has 44,000 steps."
+  return f"The paper's network has float {PAPER_FLOAT[arch]:g}; its KD has 44,000 steps."
 
 
 def main(args: Sequence[str] | None = None) -> int:

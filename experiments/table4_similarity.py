@@ -80,8 +80,8 @@ from kwjax.analysis import comparison_figures
 from kwjax.errors import KwjaxError
 
 _JKL, _RATIO = "Table 4: J_KL of data sets", "Table 7: J_KL of data sets over that of the training data"
-# Of a ResNet-44 trained on CIFAR-10, by the names of sets in small letters and digits.
-_PAPER = {TRAIN: 0.023, "cifar100": 0.022, "mnist": 0.151, "svhn": 0.182, "stl10": 0.031, RANDOM: 0.498, FGSM: 0.075}
+PAPER = {TRAIN: 0.023, "cifar100": 0.022, "mnist": 0.151, "svhn": 0.182, "stl10": 0.031, RANDOM: 0.498, FGSM: 0.075}
+"""The paper's J_KL of a ResNet-44 trained on CIFAR-10, by the names of sets in small letters and digits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,15 +195,20 @@ def build(setup: Setup) -> Study:
   )
 
 
+def plain_name(name: str) -> str:
+  """A set's name as `PAPER` has it: stl10 for STL-10."""
+  return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
 def _published(found: Mapping[str, Subject], rows: Sequence[str]) -> dict[tuple[str, str], float]:
   """The paper's J_KL in the column of a ResNet-44 trained on CIFAR-10."""
-  plain = {row: "".join(letter for letter in row.lower() if letter.isalnum()) for row in rows}
+  plain = {row: plain_name(row) for row in rows}
   return {
-    (row, name): _PAPER[plain[row]]
+    (row, name): PAPER[plain[row]]
     for name, subject in found.items()
     if subject.network.arch == "resnet44" and plain[subject.own] == "cifar10"
     for row in rows
-    if plain[row] in _PAPER
+    if plain[row] in PAPER
   }
 
 

@@ -221,7 +221,7 @@ def open_path(path: pathlib.Path, split: str | None, num_classes: int | None) ->
 
 
 def _names_below(folder: pathlib.Path) -> list[str]:
-  """Images in a folder and those in it, by relative path; sorted.
+  """Image files in a folder and those in it, by relative path, sorted; what they are shows when they are read.
 
   Raises:
     DataError: a folder cannot be read. Left out silently it would shift the labels of all classes after it.
@@ -230,26 +230,11 @@ def _names_below(folder: pathlib.Path) -> list[str]:
   def refuse(error: OSError) -> None:
     raise DataError(f"cannot read {error.filename}: {error.strerror or error}") from error
 
-  found = [pathlib.Path(place, name) for place, _, names in os.walk(folder, onerror=refuse) for name in names]
-  return sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() in _SUFFIXES and p.is_file())
-
-
-def _image_names(folder: pathlib.Path) -> list[str]:
-  """Image files below a folder, relative to it, in the order of their parts.
-
-  Raises:
-    DataError: a folder cannot be listed; without it the classes after it would get other labels.
-  """
-
-  def refuse(error: OSError) -> None:
-    raise DataError(f"cannot read the folder {error.filename}: {error.strerror or error}") from error
-
-  names: list[str] = []
-  for place, folders, files in os.walk(folder, onerror=refuse):
-    folders[:] = [name for name in folders if not name.startswith(_IGNORED)]
-    inner = pathlib.Path(place).relative_to(folder)
-    names += [(inner / name).as_posix() for name in files if pathlib.PurePath(name).suffix.lower() in _SUFFIXES]
-  return sorted(names, key=lambda name: name.split("/"))
+  found: list[pathlib.Path] = []
+  for place, inner, names in os.walk(folder, onerror=refuse):
+    inner[:] = [name for name in inner if not name.startswith(_IGNORED)]
+    found += [pathlib.Path(place, name) for name in names]
+  return sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() in _SUFFIXES)
 
 
 def _open_files(

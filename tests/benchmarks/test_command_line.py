@@ -31,7 +31,7 @@ def run(command: str, *options: str, path: pathlib.Path | None = None) -> subpro
 def test_figures_of_both_sides_are_written(command: str, tmp_path: pathlib.Path) -> None:
   file = tmp_path / "figures.json"
   extra = ("--images", "8") if command == "calibrate" else ()
-  names = ["resnet20", "resnet20"] if command == "calibrate" else ["resnet20"]
+  names = ["resnet32", "resnet20"] if command == "calibrate" else ["resnet20"]
   done = run(command, "--networks", ",".join(names), *TINY, *extra, "--json", str(file))
   assert done.returncode == 0, done.stderr
   assert "resnet20" in done.stdout

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments import results_merge, results_page, results_store
+from experiments import published, results_merge, results_page, results_store
 from experiments.results_page import render
 from experiments.results_store import SECTIONS, Stored
 from experiments.tables import Entry, Table, as_json
@@ -157,6 +157,60 @@ def test_sections_follow_the_paper_and_the_rest_says_not_measured(tmp_path: path
   assert [heading.replace("\\", "") for heading in headings] == list(SECTIONS.values())
   unmeasured = re.findall(r"Not measured yet: `python -m experiments\.(\w+) --help`", page)
   assert unmeasured == [study for study in SECTIONS if study not in ("figure2_monitor", "table1_ablation")]
+
+
+def published_table(page: str, title: str) -> tuple[dict[str, list[str]], str]:
+  """Rows of a table of the paper's numbers, its header under "", and the words below."""
+  table, words = page.split(f"**The paper's {title}", 1)[1].split("\n\n")[1:3]
+  lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+  return {line[0]: line[1:] for line in lines if line[0] != "---"}, words
+
+
+def test_numbers_of_networks_without_a_report_are_shown_alone() -> None:
+  """Haroush et al. (2020), tables 1 to 4 and 7, as far as they are known."""
+  page = render([], {})
+  rows, words = published_table(page, "Table 1: ResNet-44")
+  assert rows[""] == ["KD", "KD+IQ+Mix"]
+  assert rows["2000"] == ["85.41", "88.36"]
+  assert list(rows)[1:] == ["1", "10", "100", "1000", "2000"]
+  assert "not measured here: " in words
+  assert "`python -m experiments.table1_ablation --preset paper` measures them" in words
+  rows, _ = published_table(page, "Table 2: ResNet-44")
+  assert rows["bns"] == ["", "", "88.5", "", "88.52", "89.6"]
+  rows, words = published_table(page, "Table 2: WRN-28-10")
+  assert rows["gaussian"] == ["47.81", "64.8", "65.15"]
+  assert "no public weights" in words
+  for network, row in (
+    ("ResNet-18", ["68.94", "53.02", "63.98", "63.58"]),
+    ("MobileNetV2", ["71.17", "13.36", "36.95"]),
+    ("DenseNet-121", ["74.16", "46.89", "63.59"]),
+  ):
+    assert published_table(page, f"Table 3: {network}")[0]["gaussian"] == row
+  assert published_table(page, "Table 4: J\\_KL")[0]["svhn"] == ["0.182"]
+  assert page.count("**The paper's Table") == 7
+
+
+def test_numbers_that_a_report_shows_are_not_shown_again() -> None:
+  cell = {"values": [], "seeds": [], "unit": "%", "protocol": None, "seconds": 0.0}
+
+  def report(study: str, cells: dict[str, dict[str, float]]) -> Stored:
+    rows = {row: {column: {**cell, "paper": value} for column, value in of.items()} for row, of in cells.items()}
+    return Stored("a", {"study": study, "tables": [{"cells": rows}]})
+
+  given = report("table2_cifar", {"real": {"4w4a": 64.52, "KD-4w4a": 81.7}, "bns": {"4w4a": 61.0}})
+  shown = {known.table.title.split(",")[0]: known.table for known in published.unmeasured("table2_cifar", [given])}
+  wide = shown["Table 2: WRN-28-10"]
+  assert ("real", "4w4a") not in wide.paper
+  assert wide.paper["bns", "4w4a"] == 61.48  # another number is another network's
+  assert "real" in wide.rows  # for its 200 images a class
+  assert shown["Table 2: ResNet-44"].paper["real", "4w4a"] == 89.19
+  given = report("table4_similarity", {"MNIST": {"any@cifar10": 0.151}, "STL-10": {"any@cifar10": 0.031}})
+  (similarity,) = published.unmeasured("table4_similarity", [given])
+  assert similarity.table.rows == ("train", "cifar100", "svhn", "random", "fgsm")
+  every = {"1": {"KD": 76.32}, "10": {"KD": 81.12}, "100": {"KD": 80.16}, "1000": {"KD": 84.03}, "2000": {"KD": 85.41}}
+  (ablation,) = published.unmeasured("table1_ablation", [report("table1_ablation", every)])
+  assert ablation.table.columns == ("KD+IQ+Mix",)
+  assert published.unmeasured("figure7_bias", []) == []
 
 
 def test_words_take_their_numbers_from_the_reports(tmp_path: pathlib.Path) -> None:

@@ -101,7 +101,7 @@ def test_long_columns_are_measured_on_demand(folder: pathlib.Path) -> None:
 
 def test_published_numbers_are_where_they_belong() -> None:
   """Haroush et al. (2020), table 2, as far as it is known: 500 images, ResNet-44; WRN-28-10."""
-  rows, paper = table2_cifar.ROWS, table2_cifar._PAPER
+  rows, paper = table2_cifar.ROWS, table2_cifar.PAPER
   assert dict(zip(rows, paper["resnet44"]["4w4a"]))["bns+inception"] == 89.1
   assert dict(zip(rows, paper["resnet44"]["KD-2w4a**"]))["gaussian"] == 70.03
   assert dict(zip(rows, paper["wrn28_10"]["KD-4w4a"]))["bns"] == 79.21

@@ -52,7 +52,9 @@ def test_cells_are_filled(folder: pathlib.Path) -> None:
   assert (
     table6_objectives.main([*given, *data, "--distill-learning-rate", "0.5", "--rows", "4", "--columns", "bns-CE"]) == 0
   )
-  table = json.loads((folder / "run" / "report.json").read_text())["tables"][0]
+  report = json.loads((folder / "run" / "report.json").read_text())
+  (table,) = report["tables"]
+  assert report["float"]["count"] == 10
   assert table["rows"] == ["4", "8"]
   cells = table["cells"]["4"]
   assert [column for column in cells if cells[column]["seeds"]] == ["bns-CE"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import io
+import os
 import pathlib
 import zipfile
 from typing import Any
@@ -242,6 +244,48 @@ def test_a_byte_flipped_inside_a_zip_is_noticed(tmp_path: pathlib.Path) -> None:
   path.write_bytes(data)
   with pytest.raises(DataError, match=r"a\.zip: cannot read image 0_a\.png"):
     load_data(str(path), image_shape=(8, 8, 3))
+
+
+def test_no_flipped_byte_of_a_zips_directory_escapes(tmp_path: pathlib.Path) -> None:
+  path = _zip(tmp_path / "a.zip", {"0_a.png": _png(_pixels(1)[0]), "1_b.bmp": b""})
+  data, refused = path.read_bytes(), []
+  for place in range(data.index(b"PK\x01\x02"), len(data)):
+    path.write_bytes(data[:place] + bytes([data[place] ^ 0x80]) + data[place + 1 :])
+    try:
+      load_data(str(path), image_shape=(8, 8, 3))
+    except DataError as error:
+      refused.append(str(error))
+  assert refused
+  assert all("a.zip" in message for message in refused)
+  assert any("Bad magic number for central directory" in message for message in refused)
+
+
+def test_a_class_folder_that_cannot_be_listed_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  png, scan = _png(_pixels(1)[0]), os.scandir
+  root = _write(tmp_path, {"ant/a.png": png, "cat/b.png": png, ".trash/c.png": png})
+
+  def refuse(place: Any = ".") -> Any:  # root may read everything, so the system does not refuse here
+    if pathlib.Path(place).name in refused:
+      raise PermissionError(errno.EACCES, "Permission denied", str(place))
+    return scan(place)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  refused = [".trash"]
+  labels = load_data(str(root)).labels
+  assert labels is not None
+  assert labels.tolist() == [0, 1]  # what holds no images of the set is not looked into
+  refused = ["ant"]
+  with pytest.raises(DataError, match=r"cannot read .*ant: Permission denied"):
+    load_data(str(root))
+  with pytest.raises(DataError, match=r"cannot read .*train: No such file"):
+    load_data(f"{root}:train")
+
+
+def test_a_link_to_nothing_is_named(tmp_path: pathlib.Path) -> None:
+  root = _write(tmp_path, {"0_a.png": _png(_pixels(1)[0])})
+  (root / "1_b.png").symlink_to(root / "nowhere.png")
+  with pytest.raises(DataError, match=r"cannot read image 1_b\.png: .*No such file"):
+    load_data(str(root)).all()
 
 
 def test_mixed_names_and_sizes_are_refused(tmp_path: pathlib.Path) -> None:
