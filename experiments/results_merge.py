@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kwjax.errors import KwjaxError
@@ -32,9 +32,21 @@ def merged(run: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
   return {
     **run,
     "tables": tables,
-    "notes": list(dict.fromkeys([*kept["notes"], *run["notes"]])),
+    # A sentence may speak of any cell, so that of one that is no longer there would be wrong.
+    "notes": list(dict.fromkeys([*([] if _replaces(tables, earlier) else kept["notes"]), *run["notes"]])),
     "seconds": round(sum(cell["seconds"] for cell in every), 1),
   }
+
+
+def _replaces(tables: Sequence[Mapping[str, Any]], earlier: Mapping[str, Mapping[str, Any]]) -> bool:
+  """Whether a value of the kept tables is not in the merged ones."""
+  found = {table["title"]: table["cells"] for table in tables}
+  return any(
+    not set(cell["values"]) <= set(found.get(title, {}).get(row, {}).get(column, {}).get("values", ()))
+    for title, table in earlier.items()
+    for row, cells in table["cells"].items()
+    for column, cell in cells.items()
+  )
 
 
 def _merged_table(run: Mapping[str, Any], kept: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -133,6 +133,9 @@ def test_cells_measured_in_another_way_do_not_mix() -> None:
   run = kept_report({("bns", "4w4a"): {1: 5.0}}, protocol="200 steps")
   (table,) = results_merge.merged(run, kept)["tables"]
   assert table["cells"]["bns"]["4w4a"]["values"] == [5.0]
+  assert results_merge.merged(run, kept)["notes"] == ["200 steps"], "a sentence about a value that is gone"
+  joined = results_merge.merged(kept_report({("real", "4w4a"): {0: 4.0}}), kept)
+  assert joined["notes"] == ["100 steps", "p"]
   with pytest.raises(KwjaxError, match="cannot merge: the run's network is 'other'"):
     results_merge.merged({**run, "network": "other"}, kept)
 
