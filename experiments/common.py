@@ -28,6 +28,7 @@ from kwjax.runtime.workdir import Shutdown, graceful_shutdown
 USAGE_ERROR = 2
 _TERMINATED = 128 + signal.SIGTERM
 _LARGE_BLOCK = 256 << 20  # bytes
+_ARENAS = 4
 # A full or broken disk, a folder that may not be written: nothing that a traceback would help with.
 _SYSTEM_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -48,7 +49,9 @@ def keep_freed_memory() -> None:
   """Tell glibc to keep freed memory for the next step instead of giving it back to the system after each; see launch.py.
 
   On huge pages the large blocks, a step's temporary memory, are given back all the same: fetching them anew costs next to
-  nothing there, and kept in the heap they would break up, until it held half as much again.
+  nothing there, and kept in the heap they would break up, until it held half as much again. Several arenas: one alone is left
+  full of the holes of compilation, among which every later step searches (702 ms instead of 535 for MobileNetV2's step of
+  fine-tuning). Few, because each keeps what was freed in it.
   """
   try:
     mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -56,7 +59,7 @@ def keep_freed_memory() -> None:
     return  # another C library
   m_trim_threshold, m_mmap_threshold, m_mmap_max, m_arena_max = -1, -3, -4, -8
   mallopt(m_trim_threshold, -1)
-  mallopt(m_arena_max, 1)
+  mallopt(m_arena_max, _ARENAS)
   gives_back = has_huge_pages() and mallopt(m_mmap_threshold, _LARGE_BLOCK) == 1
   mallopt(m_mmap_max, 65536 if gives_back else 0)
 

@@ -42,7 +42,8 @@ _FROM_OUTPUTS = tuple(zip(*_TO_OUTPUTS, strict=True))
 _CHANNELS_A_TILE = 4  # beyond which the transformed kernels take more memory than the time they save is worth
 _MANY_TILES = 1024  # from which 64 channels are enough with AVX-512 too
 _FEWEST = 32  # channels, below which the transforms cost what the products save
-_LARGEST_PART = 10 << 20  # bytes of transformed images or kernels, beyond which AVX-512 waits for memory
+_LARGEST_PRODUCTS = 10 << 20  # bytes of the transformed kernel, beyond which AVX-512 waits for memory
+_CACHED_PART = 1 << 20  # bytes of transformed images that stay near a core
 
 
 def is_worthwhile(images: Sequence[int], kernel: Sequence[int]) -> bool:
@@ -69,12 +70,12 @@ def has_fast_kernel_gradient(images: Sequence[int], kernel: Sequence[int]) -> bo
     kernel: shape (kh, kw, c, d).
   """
   fewer, more = sorted(kernel[2:])
-  part = 4 * _INPUTS**2 * max(_tile_count(images), fewer) * more
+  products = 4 * _INPUTS**2 * fewer * more
   return (
     tuple(kernel[:2]) == (3, 3)
     and fewer >= _FEWEST
     and more <= 2 * fewer
-    and (part <= _LARGEST_PART or not has_wide_vectors())
+    and (products <= _LARGEST_PRODUCTS or not has_wide_vectors())
   )
 
 
@@ -126,19 +127,40 @@ def kernel_gradient(images: Array, cotangent: Array, padding: tuple[tuple[int, i
 
   Returns: f32[3,3,c,d].
   """
-  rows, columns, features = cotangent.shape[1:]
+  batch, rows, columns, features = cotangent.shape
+  channels = images.shape[3]
   tall, wide = -(-rows // _TILE), -(-columns // _TILE)
   below, beside = tall * _TILE - rows, wide * _TILE - columns
   # A zero made from the cotangent: XLA would otherwise transform the images of all layers before the first product.
   zero = 0.0 * cotangent[0, 0, 0, 0]
-  inputs = _tiles(_TO_INPUTS, _padded(images, padding, below, beside, zero), tall, wide)
-  outputs = _tiles(_FROM_OUTPUTS, _padded(cotangent, ((0, 0), (0, 0)), below, beside, zero), tall, wide)
-  x = jnp.stack(inputs).reshape(_INPUTS**2, -1, images.shape[3])
-  g = jnp.stack(outputs).reshape(_INPUTS**2, -1, features)
-  products = lax.dot_general(x, g, (((1,), (1,)), ((0,), (0,))))
+
+  def summed(x: Array, g: Array) -> Array:
+    """Products of the transformed tiles of some of the images, summed over tiles: f32[36,c,d]."""
+    inputs = _tiles(_TO_INPUTS, _padded(x, padding, below, beside, zero), tall, wide)
+    outputs = _tiles(_FROM_OUTPUTS, _padded(g, ((0, 0), (0, 0)), below, beside, zero), tall, wide)
+    both = (jnp.stack(part).reshape(_INPUTS**2, -1, part[0].shape[-1]) for part in (inputs, outputs))
+    return lax.dot_general(*both, (((1,), (1,)), ((0,), (0,))))
+
+  parts = _image_parts(batch, tall * wide, channels, features)
+  if parts == 1:
+    products = summed(images, cotangent)
+  else:
+    split = (array.reshape(parts, batch // parts, *array.shape[1:]) for array in (images, cotangent))
+    start = jnp.zeros((_INPUTS**2, channels, features), images.dtype) + zero
+    products, _ = lax.scan(lambda total, part: (total + summed(*part), None), start, tuple(split))
   transform = np.asarray(_TO_KERNEL, np.float32)
   gradient = jnp.asarray(np.kron(transform, transform).T) @ products.reshape(_INPUTS**2, -1)
-  return gradient.reshape(3, 3, images.shape[3], features)
+  return gradient.reshape(3, 3, channels, features)
+
+
+def _image_parts(batch: int, tiles: int, channels: int, features: int) -> int:
+  """Into how many equal parts `kernel_gradient` divides a batch, so that a part's transformed images stay in the cache.
+
+  Not smaller than the products, which every part adds to, so that a batch of few tiles is not divided.
+  """
+  by_image = 4 * _INPUTS**2 * tiles * max(channels, features)
+  wanted = max(_CACHED_PART, 4 * _INPUTS**2 * channels * features)
+  return next(n for n in range(1, batch + 1) if batch % n == 0 and (by_image * (batch // n) <= wanted or n == batch))
 
 
 def _padded(
