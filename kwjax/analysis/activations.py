@@ -25,7 +25,7 @@ from kwjax.batchnorm import (
   reference_moments,
 )
 from kwjax.batchnorm.moments import Pooled, merge
-from kwjax.batchnorm.observe import running_moments
+from kwjax.batchnorm.normalize import running_moments
 from kwjax.errors import DataError, Interrupted, KwjaxError, NonFiniteError
 from kwjax.network import ApplyFn, Array, Network
 from kwjax.runtime import processes

@@ -38,7 +38,7 @@ def batch_moments(
   """Biased moments of x over all axes but the feature axis, in float32.
 
   mean = E[x],  var = E[(x - mean)^2], with E[f] = sum_i w_i f_i / sum_i w_i. Over devices or with weights
-  mean = s + E[x - s],  var = E[(x - s)^2] - E[x - s]^2, with s the shift: near the true mean it loses no digits (with s = 0
+  var = E[(x - s)^2] - (E[x] - s)^2, with s the shift: near the true mean it loses no digits (with s = 0
   the variance is wrong by 2e-3 at mean 10 and standard deviation 0.1), and one collective a layer is enough.
 
   Args:
@@ -61,7 +61,8 @@ def batch_moments(
   centred = x - s
   if weights is None:
     axes = tuple(range(x.ndim - 1))
-    first, second = jnp.mean(centred, axes), jnp.mean(jnp.square(centred), axes)
+    # Of x itself: XLA's CPU backend sums from memory alone, and what makes x would be computed again for each use of x - s.
+    first, second = jnp.mean(x, axes) - s, jnp.mean(jnp.square(centred), axes)
     if axis_name is not None:
       first, second = lax.pmean(jnp.stack([first, second]), axis_name)
   else:

@@ -8,12 +8,12 @@ from typing import Literal
 
 import flax.linen as nn
 import flax.traverse_util
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kwjax import intercept
 from kwjax.batchnorm.moments import Moments, batch_moments, over_devices, pool
+from kwjax.batchnorm.normalize import feature_axis, normalize, normalize_by_batch, running_moments
 from kwjax.errors import KwjaxError, NoBatchNormError
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.runtime import parallel
@@ -65,7 +65,12 @@ def observing(
     moments = None
     if record_moments or use_current:
       weights, axis = _entry_weights(module, x), axis_name if use_current else None
-      moments = batch_moments(x, feature_axis=_axis(module), shift=running.mean, axis_name=axis, weights=weights)
+      if use_current and x.dtype == jnp.float32 and not (axis is None and weights is None):
+        y, moments = normalize_by_batch(module, x, running.mean, axis, weights)
+        if record_moments:
+          intercept.record(module, _MOMENTS, moments)
+        return y
+      moments = batch_moments(x, feature_axis=feature_axis(module), shift=running.mean, axis_name=axis, weights=weights)
     if record_moments:
       intercept.record(module, _MOMENTS, moments)
     chosen = moments if use_current else frozen if frozen is not None else running
@@ -73,36 +78,6 @@ def observing(
     return normalize(module, x, chosen)
 
   return intercept.intercept(apply, lambda module: isinstance(module, nn.BatchNorm), handle)
-
-
-def _axis(module: nn.BatchNorm) -> int:
-  if isinstance(module.axis, (tuple, list)):
-    raise KwjaxError(
-      f"layer {intercept.layer_name(module)} normalizes over several feature axes {module.axis}; one is supported"
-    )
-  return module.axis
-
-
-def running_moments(module: nn.BatchNorm) -> Moments:
-  """The stored statistics of a bound BatchNorm layer, as they are (PyTorch's variance is the unbiased one); f32[c]."""
-  return Moments(module.get_variable("batch_stats", "mean"), module.get_variable("batch_stats", "var"))
-
-
-def normalize(module: nn.BatchNorm, x: Array, moments: Moments) -> Array:
-  """(x - mean) / sqrt(var + eps) * scale + bias with the layer's own eps, scale, bias and result type; like x."""
-  axis = _axis(module) % x.ndim
-  shape = [1] * x.ndim
-  shape[axis] = x.shape[axis]
-  multiplier = jax.lax.rsqrt(moments.var + module.epsilon)
-  scale = module.get_variable("params", "scale") if module.use_scale else None
-  bias = module.get_variable("params", "bias") if module.use_bias else None
-  dtype = module.dtype or jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
-  if scale is not None:
-    multiplier = multiplier * scale
-  y = (x - moments.mean.reshape(shape)) * multiplier.reshape(shape)
-  if bias is not None:
-    y = y + bias.reshape(shape)
-  return jnp.asarray(y, dtype)
 
 
 def freeze(variables: Variables, moments: Mapping[str, Moments]) -> Variables:
@@ -168,7 +143,7 @@ def _entry_weights(module: nn.BatchNorm, x: Array) -> Array | None:
     return None
   weights = attached[0]
   size, count = x.shape[0], weights.shape[-1]
-  if weights.ndim != 1 or x.ndim < 2 or _axis(module) % x.ndim == 0 or size % count:
+  if weights.ndim != 1 or x.ndim < 2 or feature_axis(module) % x.ndim == 0 or size % count:
     raise KwjaxError(
       f"layer {intercept.layer_name(module)} has an input of shape {tuple(x.shape)}, whose leading axis does not run over "
       f"the {count} images of a padded batch: use a batch size that is a multiple of the number of devices"

@@ -12,7 +12,7 @@ import optax
 
 from kwjax import intercept
 from kwjax.batchnorm import observing, recorded_moments, weigh
-from kwjax.batchnorm.observe import running_moments
+from kwjax.batchnorm.normalize import running_moments
 from kwjax.distillation.config import DistillConfig
 from kwjax.distillation.features import recorded_features, recording_features, resolve_stages
 from kwjax.distillation.losses import kl_divergence, stage_losses

@@ -138,8 +138,9 @@ def kernel_gradient(images: Array, cotangent: Array, padding: tuple[tuple[int, i
     """Products of the transformed tiles of some of the images, summed over tiles: f32[36,c,d]."""
     inputs = _tiles(_TO_INPUTS, _padded(x, padding, below, beside, zero), tall, wide)
     outputs = _tiles(_FROM_OUTPUTS, _padded(g, ((0, 0), (0, 0)), below, beside, zero), tall, wide)
-    both = (jnp.stack(part).reshape(_INPUTS**2, -1, part[0].shape[-1]) for part in (inputs, outputs))
-    return lax.dot_general(*both, (((1,), (1,)), ((0,), (0,))))
+    left = jnp.stack(inputs).reshape(_INPUTS**2, -1, channels)
+    right = jnp.stack(outputs).reshape(_INPUTS**2, -1, features)
+    return lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))))
 
   parts = _image_parts(batch, tall * wide, channels, features)
   if parts == 1:

@@ -204,6 +204,31 @@ def test_moments_over_devices_equal_those_on_one() -> None:
   np.testing.assert_allclose(split["bn1"].var[0], whole["bn1"].var, rtol=1e-5)
 
 
+def test_gradients_by_statistics_over_devices_equal_those_on_one() -> None:
+  network = tiny_network()
+  # A running mean beside the batch's: what is taken off the input before it is summed must not show.
+  stats = jax.tree.map(lambda leaf: leaf + 0.5, network.variables["batch_stats"])
+
+  def loss(params: dict, x: jax.Array, axis_name: str | None) -> jax.Array:
+    observed = observing(network.forward, axis_name=axis_name, current=(".*",))
+    total = jnp.sum(jnp.sin(observed({"params": params, "batch_stats": stats}, x)[0]))
+    return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+  params = network.variables["params"]
+  whole = jax.grad(loss, argnums=(0, 1))(params, images(16), None)
+
+  @functools.partial(jax.pmap, axis_name="d", in_axes=(None, 0))
+  def split(params: dict, x: jax.Array) -> tuple:
+    # The gradient of a psum is one of all devices' sums, so that each holds it times their number.
+    by_params, by_images = jax.grad(loss, argnums=(0, 1))(params, x, "d")
+    return jax.lax.pmean(by_params, "d"), by_images / jax.device_count()
+
+  by_params, by_images = split(params, images(16).reshape(8, 2, 8, 8, 3))
+  by_params = jax.tree.map(lambda leaf: leaf[0], by_params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), by_params, whole[0])
+  np.testing.assert_allclose(by_images.reshape(16, 8, 8, 3), whole[1], rtol=1e-3, atol=2e-5)
+
+
 def stacked_along(axis: int) -> nn.Module:
   class Stacked(nn.Module):
     @nn.compact

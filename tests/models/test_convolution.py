@@ -290,8 +290,12 @@ def test_winograd_gradient_is_that_of_lax(monkeypatch, batch, height, width, pad
   ("height", "width", "channels", "features", "padding"),
   [(8, 8, 32, 32, "SAME"), (9, 6, 32, 40, ((1, 0), (2, 1))), (5, 7, 40, 32, "VALID"), (1, 1, 32, 32, ((1, 1), (1, 1)))],
 )
-def test_winograd_kernel_gradient_is_that_of_lax(monkeypatch, height, width, channels, features, padding):
+@pytest.mark.parametrize(("cached", "tall"), [(1 << 20, False), (1, True)])
+def test_winograd_kernel_gradient_is_that_of_lax(monkeypatch, cached, tall, height, width, channels, features, padding):
   monkeypatch.setattr(winograd, "has_wide_vectors", lambda: False)
+  # Enough tiles an image that the batch is divided where the cache holds next to nothing.
+  monkeypatch.setattr(winograd, "_CACHED_PART", cached)
+  height = height + 32 * tall
   keys = jax.random.split(jax.random.key(3))
   images = jax.random.normal(keys[0], (5, height, width, channels))
   kernel = jax.random.normal(keys[1], (3, 3, channels, features)) / 17
@@ -327,6 +331,22 @@ def test_where_winograd_pays_depends_on_the_vectors(monkeypatch, images, kernel,
   for is_wide, answers in zip((False, True), expected, strict=True):
     monkeypatch.setattr(winograd, "has_wide_vectors", lambda is_wide=is_wide: is_wide)
     assert (winograd.is_worthwhile(images, kernel), winograd.has_fast_kernel_gradient(images, kernel)) == answers
+
+
+@pytest.mark.parametrize(
+  ("batch", "tiles", "channels", "parts"),
+  [
+    (8, 196, 64, 8),
+    (8, 49, 128, 4),
+    (8, 16, 256, 1),
+    (64, 16, 32, 8),
+    (7, 16, 32, 1),
+    (7, 196, 64, 7),
+    (1, 999, 64, 1),
+  ],
+)
+def test_a_batch_is_divided_until_a_part_fits_the_cache(batch, tiles, channels, parts):
+  assert winograd._image_parts(batch, tiles, channels, channels) == parts
 
 
 @pytest.mark.parametrize(
