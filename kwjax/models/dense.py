@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kwjax.models import im2col, winograd
+from kwjax.models import im2col, shifts, winograd
 from kwjax.models.windows import Window, native_convolution
 
 _NARROW = 16  # channels and features, up to which outputs are grouped
@@ -106,6 +106,10 @@ def _dense_backward(
   if precision is None and winograd.has_fast_kernel_gradient(images.shape, kernel.shape):
     to_kernel = lax.platform_dependent(
       images, cotangent, cpu=lambda x, g: winograd.kernel_gradient(x, g, window.padding), default=transposed
+    )
+  elif shifts.is_worthwhile(images.shape, kernel.shape, window):
+    to_kernel = lax.platform_dependent(
+      images, cotangent, cpu=lambda x, g: shifts.kernel_gradient(x, g, window, precision), default=transposed
     )
   else:
     to_kernel = transposed(images, cotangent)

@@ -6,8 +6,9 @@ Flax modules carry the names of the PyTorch modules they mirror, so that convert
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from kwjax.models.convolution import conv_general_dilated
 
@@ -60,6 +61,27 @@ def batch_norm(name: str, train: bool, *, eps: float = TORCH_EPS, momentum: floa
 def relu6(x: Array) -> Array:
   """min(max(x, 0), 6), elementwise."""
   return jnp.clip(x, 0.0, 6.0)
+
+
+@jax.custom_jvp
+def relu_of_sum(residual: Array, shortcut: Array) -> Array:
+  """max(residual + shortcut, 0), the end of a residual block, computed once on CPUs.
+
+  What XLA takes for a function of one array it computes anew for every use that it can fuse it with. The uses of a block's end
+  are the next block's end and its derivative, so that each would add up all blocks before it. A choice by comparison
+  counts as a function of two arrays, which goes to memory where a convolution reads it. The values are the same.
+  """
+  total = residual + shortcut
+  return lax.platform_dependent(
+    total, cpu=lambda z: jnp.where(z <= 0.0, jnp.zeros_like(z), z), default=lambda z: nn.relu(z)
+  )
+
+
+@relu_of_sum.defjvp
+def _relu_of_sum_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+  """The tangent of the sum where it is positive, else zero."""
+  y, tangent = relu_of_sum(*primals), tangents[0] + tangents[1]
+  return y, jnp.where(y > 0.0, tangent, jnp.zeros_like(tangent))
 
 
 def dropout(x: Array, rate: float, train: bool) -> Array:

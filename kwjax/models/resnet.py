@@ -9,7 +9,7 @@ from __future__ import annotations
 import flax.linen as nn
 from jax import Array
 
-from kwjax.models.layers import batch_norm, conv
+from kwjax.models.layers import batch_norm, conv, relu_of_sum
 from kwjax.models.pooling import global_average_pool, max_pool
 
 
@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
     y = nn.relu(batch_norm("bn1", train)(y))
     y = conv(self.features, 3, "conv2")(y)
     y = batch_norm("bn2", train)(y)
-    return nn.relu(y + _shortcut(x, self.features, self.stride, train))
+    return relu_of_sum(y, _shortcut(x, self.features, self.stride, train))
 
 
 class Bottleneck(nn.Module):
@@ -47,7 +47,7 @@ class Bottleneck(nn.Module):
     y = nn.relu(batch_norm("bn2", train)(y))
     y = conv(outputs, 1, "conv3")(y)
     y = batch_norm("bn3", train)(y)
-    return nn.relu(y + _shortcut(x, outputs, self.stride, train))
+    return relu_of_sum(y, _shortcut(x, outputs, self.stride, train))
 
 
 def _shortcut(x: Array, features: int, stride: int, train: bool) -> Array:

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -117,3 +118,28 @@ def native_convolution(images: Array, kernel: Array, window: Window, precision: 
     feature_group_count=images.shape[3] // kernel.shape[2],
     precision=precision,
   )
+
+
+def image_parts(batch: int, bytes_of_image: int, cached: int) -> int:
+  """Into how many equal parts a batch is divided: what is made of a part takes at most `cached` bytes, or it is one image."""
+  return next(
+    n for n in range(1, batch + 1) if batch % n == 0 and (bytes_of_image * (batch // n) <= cached or n == batch)
+  )
+
+
+def sum_over_parts(function: Callable[[Array, Array], Array], images: Array, cotangent: Array, parts: int) -> Array:
+  """function(images, cotangent), a sum over images, as a sum over equal parts of the batch that are taken one after the other.
+
+  Args:
+    function: `(x [b/n,...], g [b/n,...]) -> sum`; not a convolution, which inside a loop is slow on CPUs.
+    images: f32[b,...].
+    cotangent: f32[b,...].
+    parts: n, a divisor of b.
+  """
+  if parts == 1:
+    return function(images, cotangent)
+  split = tuple(array.reshape(parts, -1, *array.shape[1:]) for array in (images, cotangent))
+  shape = jax.eval_shape(function, *(array[0] for array in split))
+  # The zero of the cotangent makes the start vary over devices as the terms do.
+  start = jnp.zeros(shape.shape, shape.dtype) + 0.0 * cotangent[(0,) * cotangent.ndim]
+  return lax.scan(lambda total, part: (total + function(*part), None), start, split)[0]

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from kwjax.models.cpu import has_wide_vectors
+from kwjax.models.windows import image_parts, sum_over_parts
 
 _TILE, _INPUTS = 4, 6
 _TO_INPUTS = (
@@ -142,26 +143,13 @@ def kernel_gradient(images: Array, cotangent: Array, padding: tuple[tuple[int, i
     right = jnp.stack(outputs).reshape(_INPUTS**2, -1, features)
     return lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))))
 
-  parts = _image_parts(batch, tall * wide, channels, features)
-  if parts == 1:
-    products = summed(images, cotangent)
-  else:
-    split = (array.reshape(parts, batch // parts, *array.shape[1:]) for array in (images, cotangent))
-    start = jnp.zeros((_INPUTS**2, channels, features), images.dtype) + zero
-    products, _ = lax.scan(lambda total, part: (total + summed(*part), None), start, tuple(split))
+  # Parts not smaller than the products, which every part adds to, so that a batch of few tiles is not divided.
+  cached = max(_CACHED_PART, 4 * _INPUTS**2 * channels * features)
+  parts = image_parts(batch, 4 * _INPUTS**2 * tall * wide * max(channels, features), cached)
+  products = sum_over_parts(summed, images, cotangent, parts)
   transform = np.asarray(_TO_KERNEL, np.float32)
   gradient = jnp.asarray(np.kron(transform, transform).T) @ products.reshape(_INPUTS**2, -1)
   return gradient.reshape(3, 3, channels, features)
-
-
-def _image_parts(batch: int, tiles: int, channels: int, features: int) -> int:
-  """Into how many equal parts `kernel_gradient` divides a batch, so that a part's transformed images stay in the cache.
-
-  Not smaller than the products, which every part adds to, so that a batch of few tiles is not divided.
-  """
-  by_image = 4 * _INPUTS**2 * tiles * max(channels, features)
-  wanted = max(_CACHED_PART, 4 * _INPUTS**2 * channels * features)
-  return next(n for n in range(1, batch + 1) if batch % n == 0 and (by_image * (batch // n) <= wanted or n == batch))
 
 
 def _padded(

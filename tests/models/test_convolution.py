@@ -13,8 +13,9 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from kwjax.models import cpu, winograd
+from kwjax.models import cpu, shifts, winograd
 from kwjax.models.convolution import conv_general_dilated
+from kwjax.models.windows import Window, image_parts
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -334,19 +335,62 @@ def test_where_winograd_pays_depends_on_the_vectors(monkeypatch, images, kernel,
 
 
 @pytest.mark.parametrize(
-  ("batch", "tiles", "channels", "parts"),
+  ("batch", "bytes_of_image", "parts"),
+  [(8, 40, 4), (8, 12, 1), (64, 90, 64), (7, 20, 7), (7, 14, 1), (6, 30, 2), (1, 999, 1)],
+)
+def test_a_batch_is_divided_until_a_part_fits_the_cache(batch, bytes_of_image, parts):
+  assert image_parts(batch, bytes_of_image, 100) == parts
+
+
+@pytest.mark.parametrize(
+  ("height", "width", "channels", "features", "padding"),
   [
-    (8, 196, 64, 8),
-    (8, 49, 128, 4),
-    (8, 16, 256, 1),
-    (64, 16, 32, 8),
-    (7, 16, 32, 1),
-    (7, 196, 64, 7),
-    (1, 999, 64, 1),
+    (8, 8, 16, 16, "SAME"),
+    (9, 6, 5, 24, ((1, 0), (2, 1))),
+    (5, 7, 16, 9, "VALID"),
+    (2, 3, 4, 4, ((2, 3), (3, 2))),
+    (21, 20, 48, 8, "SAME"),  # from here on the cotangent is shifted alone
+    (30, 19, 33, 2, ((1, 0), (2, 1))),
+    (5, 7, 24, 3, "VALID"),
+    (2, 3, 8, 2, ((2, 3), (3, 2))),
   ],
 )
-def test_a_batch_is_divided_until_a_part_fits_the_cache(batch, tiles, channels, parts):
-  assert winograd._image_parts(batch, tiles, channels, channels) == parts
+@pytest.mark.parametrize("cached", [4 << 20, 130_000])
+def test_kernel_gradient_by_shifts_is_that_of_lax(monkeypatch, cached, height, width, channels, features, padding):
+  monkeypatch.setattr(shifts, "_CACHED_PART", cached)
+  keys = jax.random.split(jax.random.key(4))
+  images = jax.random.normal(keys[0], (6, height, width, channels))
+  kernel = jax.random.normal(keys[1], (3, 3, channels, features)) / 12
+
+  def gradient(function):
+    return jax.jit(
+      jax.grad(lambda k: jnp.sum(jnp.sin(function(images, k, (1, 1), padding, dimension_numbers=_LAYOUT))))
+    )
+
+  ours, exact = gradient(conv_general_dilated), gradient(lax.conv_general_dilated)
+  np.testing.assert_allclose(ours(kernel), exact(kernel), atol=3e-6 * float(jnp.abs(exact(kernel)).max()))
+  alone = 2 * features <= channels
+  product = f"tensor<{9 * features}x{channels}xf32>" if alone else f"tensor<{3 * channels}x{3 * features}xf32>"
+  assert product in ours.trace(kernel).lower(lowering_platforms=("cpu",)).as_text(), "it was not a product of shifts"
+  assert product not in ours.trace(kernel).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+  ("images", "kernel", "padding", "stride", "expected"),
+  [
+    ((64, 32, 32, 16), (3, 3, 16, 16), 1, 1, True),
+    ((64, 32, 32, 16), (3, 3, 16, 32), 1, 1, False),
+    ((64, 32, 32, 16), (3, 3, 16, 16), 1, 2, False),
+    ((64, 32, 32, 16), (5, 5, 16, 16), 2, 1, False),
+    ((8, 112, 112, 16), (3, 3, 16, 16), 1, 1, False),
+    ((8, 56, 56, 128), (3, 3, 128, 32), 1, 1, True),
+    ((8, 14, 14, 128), (3, 3, 128, 32), 1, 1, False),
+    ((8, 56, 56, 128), (3, 3, 128, 64), 1, 1, False),
+  ],
+)
+def test_where_shifts_pay(images, kernel, padding, stride, expected):
+  window = Window((kernel[0], kernel[1]), (stride, stride), ((padding, padding),) * 2)
+  assert shifts.is_worthwhile(images, kernel, window) is expected
 
 
 @pytest.mark.parametrize(
