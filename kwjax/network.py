@@ -28,6 +28,8 @@ from kwjax.network_files import (
   read_weights,
 )
 
+_MOST_LISTED = 20  # arrays that one message names
+
 Array = jax.Array
 Variables = Mapping[str, Any]
 ApplyFn = Callable[[Variables, Array], tuple[Array, Variables]]
@@ -169,24 +171,30 @@ def check_finite(variables: Variables, origin: str) -> None:
     elif name.startswith("batch_stats/") and name.endswith("/var") and (value < 0).any():
       bad.append(f"{name} ({int((value < 0).sum())} negative variances)")
   if bad:
-    raise WeightsError(f"{origin} holds unusable weights: {'; '.join(bad)}")
+    raise WeightsError(f"{origin} holds unusable weights: {_listed(bad)}")
 
 
 def check_shapes(expected: Variables, found: Variables, origin: str) -> None:
-  """Compare two trees of variables; all differences are reported at once.
+  """Compare two trees of variables; the first differences of all, and how many there are, are reported at once.
 
   Raises:
-    WeightsError: listing missing, unexpected and misshapen arrays with expected and found shapes.
+    WeightsError: listing misshapen, missing and unexpected arrays with expected and found shapes.
   """
   want = {k: tuple(v.shape) for k, v in flax.traverse_util.flatten_dict(dict(expected), sep="/").items()}
   have = {k: tuple(v.shape) for k, v in flax.traverse_util.flatten_dict(dict(found), sep="/").items()}
-  problems = [f"missing {name} {want[name]}" for name in want if name not in have]
-  problems += [f"unexpected {name} {have[name]}" for name in have if name not in want]
-  problems += [
+  problems = [
     f"{name} expected {want[name]} found {have[name]}" for name in want if name in have and want[name] != have[name]
   ]
+  problems += [f"missing {name} {want[name]}" for name in want if name not in have]
+  problems += [f"unexpected {name} {have[name]}" for name in have if name not in want]
   if problems:
-    raise WeightsError(f"{origin} does not fit the architecture: {'; '.join(problems)}")
+    raise WeightsError(f"{origin} does not fit the architecture: {_listed(problems)}")
+
+
+def _listed(problems: Sequence[str]) -> str:
+  """The first of them, and how many more there are: a stated depth of a thousand blocks is no reason for a thousand lines."""
+  more = len(problems) - _MOST_LISTED
+  return "; ".join(problems[:_MOST_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def fingerprint(network: Network) -> str:

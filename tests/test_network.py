@@ -11,7 +11,7 @@ import pytest
 
 from kwjax import load_network, save_network
 from kwjax.errors import KwjaxError, WeightsError
-from kwjax.network import Network, fingerprint
+from kwjax.network import Network, check_shapes, fingerprint
 from tests.networks import TinyNet, tiny_network
 
 IMAGES = jax.random.uniform(jax.random.key(0), (3, 8, 8, 3))
@@ -174,3 +174,13 @@ def test_a_description_may_be_written_by_hand_but_not_edited(tmp_path: pathlib.P
   path.write_text("[" * 100_000)
   with pytest.raises(WeightsError, match="not valid JSON"):
     load_network(tmp_path, module=TinyNet())
+
+
+def test_a_message_names_some_arrays_and_counts_the_others() -> None:
+  expected = {"params": {f"layer{i}": {"kernel": np.zeros((3, 4))} for i in range(500)}}
+  found = {"params": {"layer0": {"kernel": np.zeros((3, 5))}}}
+  with pytest.raises(
+    WeightsError, match=r"params/layer0/kernel expected \(3, 4\) found \(3, 5\); missing .*; and 480 more"
+  ) as error:
+    check_shapes(expected, found, "some.pth")
+  assert len(str(error.value)) < 2000

@@ -186,10 +186,11 @@ def distill_step(
   teacher_logits, recorded = jax.lax.stop_gradient(recording_features(observed, stages)(teacher_variables, batch))
   features = recorded_features(recorded)
   teacher_features = {stage: features[stage] for stage in stages}
+  seen = batch if axis_name is None else _once_known(teacher_logits, batch)
 
   def loss_of(params: Any) -> Any:
     return distill_loss(
-      params, state.student, batch, teacher_logits, teacher_features, config, weights, axis_name=axis_name
+      params, state.student, seen, teacher_logits, teacher_features, config, weights, axis_name=axis_name
     )
 
   params = state.student.variables["params"]
@@ -222,3 +223,12 @@ def distill_step(
     "learning_rate": jnp.asarray(config.learning_rate_at()(state.step), jnp.float32) * config.plateau_scale(optimizer),
   }
   return next_state, metrics
+
+
+def _once_known(logits: Array, batch: Array) -> Array:
+  """The batch, not to be read before the teacher's logits are there.
+
+  The student's BatchNorm layers wait for the other devices. XLA's CPU backend starts what is ready in an order of its own: one
+  device waited while another still ran the teacher, and then the other way round.
+  """
+  return jax.lax.platform_dependent(batch, logits, cpu=lambda x, y: x + 0.0 * y[0, 0], default=lambda x, y: x)

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kwjax.models.windows import Window, native_convolution, pad_images, scatter_taps, tap_of_padded
+from kwjax.models.windows import Window, native_convolution, pad_images, scatter_taps, sum_over_parts, tap_of_padded
 
 _ROW_BLOCKS = 8  # of the kernel gradient: more make the loop longer to compile and no faster
+_CACHED_PART = 15 << 20  # bytes of images and cotangents that stay near a core, in the cache that cores share
 
 
 def _shifted(images: Array, kernel: Array, window: Window) -> Array:
@@ -37,6 +38,22 @@ def _shifted_input_gradient(kernel: Array, cotangent: Array, shape: tuple[int, i
 
 def _shifted_kernel_gradient(images: Array, cotangent: Array, window: Window) -> Array:
   """Transpose of `_shifted` in its kernel: k'[i,j,0,c] = sum_bhw (tap (i,j) of the images) * cotangent.
+
+  The batch in parts, so that every tap but the first reads from the cache, and what makes the cotangent is not computed anew
+  for each: of 8 images of 56x56x144 on each of two cores 9.9 ms, as a whole 17 ms.
+  """
+  parts = _part_count(images.shape[0], 4 * (images[0].size + cotangent[0].size))
+  return sum_over_parts(lambda x, g: _kernel_gradient_of_part(x, g, window), images, cotangent, parts)
+
+
+def _part_count(batch: int, bytes_of_image: int) -> int:
+  """Number of equal parts: two or more, of two images or more (loops over one image are not vectorized), that fit the cache."""
+  counts = [n for n in range(2, batch // 2 + 1) if batch % n == 0]
+  return next((n for n in counts if bytes_of_image * (batch // n) <= _CACHED_PART), counts[-1] if counts else 1)
+
+
+def _kernel_gradient_of_part(images: Array, cotangent: Array, window: Window) -> Array:
+  """`_shifted_kernel_gradient` of some of the images.
 
   Adding up blocks of rows for every tap inside one loop takes half the time of one reduction a tap, which would write
   each shifted image to memory first. Rows, because the batch may be spread over devices.

@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from kwjax.models import cpu, shifts, winograd
+from kwjax.models import cpu, depthwise, shifts, winograd
 from kwjax.models.convolution import conv_general_dilated
 from kwjax.models.windows import Window, image_parts
 
@@ -58,6 +58,9 @@ def _loss(function, images, kernel, stride=2, padding=((1, 1), (1, 1))):
     ((2, 1, 1, 4), 5, 1, "SAME"),
     ((2, 2, 3, 2), 5, 2, "SAME"),
     ((1, 19, 20, 2), 3, 4, "VALID"),
+    ((8, 9, 7, 4), 3, 1, "SAME"),
+    ((6, 19, 20, 2), 5, 2, "SAME"),
+    ((5, 9, 7, 4), 3, 1, "SAME"),
   ],
 )
 def test_equals_the_native_form_in_value_and_both_gradients(shape, size, stride, padding):
@@ -74,6 +77,15 @@ def test_equals_the_native_form_in_value_and_both_gradients(shape, size, stride,
   expected = jax.jit(value_and_gradients, static_argnums=0)(lax.conv_general_dilated)
   for ours, native in zip(found, expected, strict=True):
     np.testing.assert_allclose(ours, native, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("batch", "bytes_of_image", "parts"),
+  [(8, 3, 2), (8, 4, 4), (8, 99, 4), (64, 1, 8), (6, 1, 2), (9, 1, 3), (7, 1, 1), (3, 1, 1)],
+)
+def test_a_depthwise_batch_is_divided_into_parts_of_two_images_or_more(monkeypatch, batch, bytes_of_image, parts):
+  monkeypatch.setattr(depthwise, "_CACHED_PART", 12)
+  assert depthwise._part_count(batch, bytes_of_image) == parts
 
 
 @pytest.mark.parametrize(("platform", "native"), [("cpu", False), ("cuda", True), ("tpu", True)])
