@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from kwjax.models import cpu, depthwise, shifts, winograd
+from kwjax.models import cpu, depthwise, products, shifts, winograd
 from kwjax.models.convolution import conv_general_dilated
 from kwjax.models.windows import Window, image_parts
 
@@ -344,6 +344,54 @@ def test_where_winograd_pays_depends_on_the_vectors(monkeypatch, images, kernel,
   for is_wide, answers in zip((False, True), expected, strict=True):
     monkeypatch.setattr(winograd, "has_wide_vectors", lambda is_wide=is_wide: is_wide)
     assert (winograd.is_worthwhile(images, kernel), winograd.has_fast_kernel_gradient(images, kernel)) == answers
+
+
+@pytest.mark.parametrize(
+  ("shape", "padding"),
+  [
+    ((2, 7, 7), "SAME"),
+    ((1, 9, 6), ((1, 0), (2, 1))),
+    ((1, 5, 7), "VALID"),
+    ((3, 2, 3), ((2, 3), (3, 2))),
+    ((1, 1, 1), "SAME"),
+  ],
+)
+def test_few_pixels_meet_a_large_kernel_in_products(shape, padding):
+  keys = jax.random.split(jax.random.key(5))
+  images, kernel = jax.random.normal(keys[0], (*shape, 128)), jax.random.normal(keys[1], (3, 3, 128, 136)) / 36
+
+  def value_and_gradients(function, x, k):
+    def loss(x, k):
+      y = function(x, k, (1, 1), padding, dimension_numbers=_LAYOUT)
+      return jnp.sum(jnp.sin(y)), y
+
+    gradients, y = jax.grad(loss, (0, 1), has_aux=True)(x, k)
+    return (y, *gradients)
+
+  ours = jax.jit(functools.partial(value_and_gradients, conv_general_dilated))
+  expected = jax.jit(functools.partial(value_and_gradients, lax.conv_general_dilated))(images, kernel)
+  for found, native in zip(ours(images, kernel), expected, strict=True):
+    np.testing.assert_allclose(found, native, atol=3e-6 * float(jnp.abs(native).max()))
+  to_images = jax.jit(lambda x: value_and_gradients(conv_general_dilated, x, kernel)[:2])
+  texts = {p: to_images.trace(images).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
+  assert texts["cpu"].count("stablehlo.convolution") == 0
+  assert texts["cuda"].count("stablehlo.convolution") == 2
+
+
+@pytest.mark.parametrize(
+  ("images", "kernel", "stride", "expected"),
+  [
+    ((8, 7, 7, 512), (3, 3, 512, 512), 1, True),
+    ((8, 14, 14, 256), (3, 3, 256, 256), 1, False),
+    ((1, 8, 8, 64), (3, 3, 64, 64), 1, False),
+    ((8, 14, 14, 256), (3, 3, 256, 512), 2, False),
+    ((1, 7, 7, 512), (5, 5, 512, 512), 1, False),
+  ],
+)
+def test_where_products_pay(images, kernel, stride, expected):
+  padding = (kernel[0] // 2,) * 2
+  window = Window((kernel[0], kernel[1]), (stride, stride), (padding, padding))
+  assert products.is_worthwhile(images, kernel, window) is expected
 
 
 @pytest.mark.parametrize(
