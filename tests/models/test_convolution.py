@@ -371,7 +371,7 @@ def test_few_pixels_meet_a_large_kernel_in_products(shape, padding):
   ours = jax.jit(functools.partial(value_and_gradients, conv_general_dilated))
   expected = jax.jit(functools.partial(value_and_gradients, lax.conv_general_dilated))(images, kernel)
   for found, native in zip(ours(images, kernel), expected, strict=True):
-    np.testing.assert_allclose(found, native, atol=3e-6 * float(jnp.abs(native).max()))
+    np.testing.assert_allclose(found, native, atol=1e-5 * float(jnp.abs(native).max()))
   to_images = jax.jit(lambda x: value_and_gradients(conv_general_dilated, x, kernel)[:2])
   texts = {p: to_images.trace(images).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
   assert texts["cpu"].count("stablehlo.convolution") == 0
