@@ -57,13 +57,6 @@ def _grouped(images: Array, kernel: Array, window: Window, precision: Any) -> Ar
   return y[:, :, :columns] if missing else y
 
 
-def _mirrored(window: Window) -> Window:
-  """Geometry of the transpose of a convolution of stride 1, itself a convolution of stride 1."""
-  (top, bottom), (left, right) = window.padding
-  rows, columns = window.size[0] - 1, window.size[1] - 1
-  return Window(window.size, (1, 1), ((rows - top, rows - bottom), (columns - left, columns - right)))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def dense(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
   """Dense convolution: images f32[b,h,w,c], kernel f32[kh,kw,c,d] -> f32[b,oh,ow,d]; reverse mode only.
@@ -96,20 +89,16 @@ def _dense_backward(
     return _strided_backward(images, kernel, window, precision, cotangent)
 
   def mirrored(k: Array, g: Array) -> Array:
-    return dense(g, jnp.swapaxes(k[::-1, ::-1], 2, 3), _mirrored(window), precision)
+    return dense(g, jnp.swapaxes(k[::-1, ::-1], 2, 3), window.mirrored, precision)
 
   if precision is None and winograd.is_worthwhile(images.shape, kernel.shape):
-    padding = _mirrored(window).padding
+    padding = window.mirrored.padding
     to_images = lax.platform_dependent(
       kernel, cotangent, cpu=lambda k, g: winograd.transposed_convolve(g, k, padding), default=mirrored
     )
   elif products.is_worthwhile(images.shape, kernel.shape, window):
-    shape = (images.shape[0], images.shape[1], images.shape[2], images.shape[3])
     to_images = lax.platform_dependent(
-      kernel,
-      cotangent,
-      cpu=lambda k, g: products.transposed_convolve(g, k, window, shape, precision),
-      default=mirrored,
+      kernel, cotangent, cpu=lambda k, g: products.transposed_convolve(g, k, window, precision), default=mirrored
     )
   else:
     to_images = mirrored(kernel, cotangent)

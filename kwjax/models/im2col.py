@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kwjax.models.windows import Window
+from kwjax.models.windows import Window, pad_images
 
 
 def kernel_gradient(images: Array, cotangent: Array, window: Window, precision: Any) -> Array:
@@ -35,7 +35,7 @@ def kernel_gradient(images: Array, cotangent: Array, window: Window, precision: 
     (low, size - low - extent)  # beyond the last window nothing is needed: a negative padding cuts it off
     for (low, _), size, extent in zip(window.padding, reach, (height, width), strict=True)
   ]
-  padded = lax.pad(images, zero, ((0, 0, 0), (*pads[0], 0), (*pads[1], 0), (0, 0, 0)))
+  padded = pad_images(images, (pads[0], pads[1]), zero)
   bands = [lax.slice_in_dim(padded, i, i + (rows - 1) * down + 1, down, 1) for i in range(tall)]
   # Made once, so that every column of windows copies whole runs of kh * c values instead of c.
   band = lax.optimization_barrier(jnp.concatenate(bands, 3))

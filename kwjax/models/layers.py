@@ -72,9 +72,7 @@ def relu_of_sum(residual: Array, shortcut: Array) -> Array:
   counts as a function of two arrays, which goes to memory where a convolution reads it. The values are the same.
   """
   total = residual + shortcut
-  return lax.platform_dependent(
-    total, cpu=lambda z: jnp.where(z <= 0.0, jnp.zeros_like(z), z), default=lambda z: nn.relu(z)
-  )
+  return lax.platform_dependent(total, cpu=lambda z: jnp.where(z <= 0.0, jnp.zeros_like(z), z), default=nn.relu)
 
 
 @relu_of_sum.defjvp

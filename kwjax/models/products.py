@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax import Array, lax
 
-from kwjax.models.windows import Window, tap_of_padded
+from kwjax.models.windows import Window, pad_images, tap_of_padded
 
 _FEWEST = 128  # channels and features, below which a product is too small to gain anything
 _LARGEST_WINDOW = 9  # one product a tap
@@ -48,37 +48,36 @@ def convolve(images: Array, kernel: Array, window: Window, precision: Any) -> Ar
 
   Returns: f32[b,oh,ow,d].
   """
-  rows, columns = window.output_size(*images.shape[1:3])
-  # Not `jnp.pad`: the gradient of a convolution with more padding than its kernel reaches is one with negative padding.
-  margins = tuple((low, high, 0) for low, high in window.padding)
-  padded = lax.pad(images, images.dtype.type(0), ((0, 0, 0), *margins, (0, 0, 0)))
-  seen = [tap_of_padded(padded, window, tap, rows, columns).reshape(-1, images.shape[3]) for tap in window.taps]
-  products = [lax.dot(x, kernel[tap], precision=precision) for x, tap in zip(seen, window.taps, strict=True)]
-  return functools.reduce(operator.add, products).reshape(images.shape[0], rows, columns, kernel.shape[3])
+  return _sum_of_products(images, window, lambda x, i, j: lax.dot(x, kernel[i, j], precision=precision))
 
 
-def transposed_convolve(
-  cotangent: Array, kernel: Array, window: Window, shape: tuple[int, int, int, int], precision: Any
-) -> Array:
+def transposed_convolve(cotangent: Array, kernel: Array, window: Window, precision: Any) -> Array:
   """Gradient to the images: dx = sum_ij g_ij k[i,j]^T, g_ij the cotangent where tap (i, j) sees each pixel.
 
   Args:
     cotangent: f32[b,oh,ow,d], of the convolution's result.
     kernel: f32[kh,kw,c,d].
     window: geometry of the convolution, of stride 1.
-    shape: (b, h, w, c) of the images.
     precision: of the products.
 
   Returns: f32[b,h,w,c].
   """
-  (tall, wide), ((top, _), (left, _)) = window.size, window.padding
-  (batch, height, width, channels), (rows, columns) = shape, cotangent.shape[1:3]
-  margins = ((tall - 1 - top, height + top - rows, 0), (wide - 1 - left, width + left - columns, 0))
-  padded = lax.pad(cotangent, cotangent.dtype.type(0), ((0, 0, 0), *margins, (0, 0, 0)))
+  # Each tap's kernel is transposed by the product; as a convolution XLA would write all of it transposed first.
+  last = (window.size[0] - 1, window.size[1] - 1)
+  transposed = (((1,), (1,)), ((), ()))
+  return _sum_of_products(
+    cotangent,
+    window.mirrored,
+    lambda g, i, j: lax.dot_general(g, kernel[last[0] - i, last[1] - j], transposed, precision),
+  )
 
-  def product(tap: tuple[int, int]) -> Array:
-    i, j = tall - 1 - tap[0], wide - 1 - tap[1]
-    sent = padded[:, i : i + height, j : j + width].reshape(-1, cotangent.shape[3])
-    return lax.dot_general(sent, kernel[tap], (((1,), (1,)), ((), ())), precision)
 
-  return functools.reduce(operator.add, map(product, window.taps)).reshape(batch, height, width, channels)
+def _sum_of_products(images: Array, window: Window, product: Callable[[Array, int, int], Array]) -> Array:
+  """Sum over taps of `product(what the tap sees [b * oh * ow, c], i, j)`, as images."""
+  rows, columns = window.output_size(*images.shape[1:3])
+  padded = pad_images(images, window.padding)
+  terms = [
+    product(tap_of_padded(padded, window, (i, j), rows, columns).reshape(-1, images.shape[3]), i, j)
+    for i, j in window.taps
+  ]
+  return functools.reduce(operator.add, terms).reshape(images.shape[0], rows, columns, -1)

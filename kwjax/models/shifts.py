@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kwjax.models.windows import Window, image_parts, sum_over_parts
+from kwjax.models.windows import Window, image_parts, pad_images, sum_over_parts
 
 _WIDEST = 31  # channels and features, from which on Winograd's form takes as long
 _FEW = 32  # features that are shifted alone where twice as many channels meet them
@@ -63,23 +63,23 @@ def kernel_gradient(images: Array, cotangent: Array, window: Window, precision: 
 
   Returns: f32[kh,kw,c,d].
   """
-  (tall, wide), ((top, _), (left, right)) = window.size, window.padding
-  (height, width, channels), (rows, columns, features) = images.shape[1:], cotangent.shape[1:]
+  tall, wide = window.size
+  (height, width, channels), (_, columns, features) = images.shape[1:], cotangent.shape[1:]
   # A zero made from the cotangent: XLA could otherwise copy the images of all layers before the first product.
   zero = 0.0 * cotangent[0, 0, 0, 0]
-  # Row h of the images meets rows h + top - kh + 1 to h + top; a negative padding cuts off what none of them meets.
-  by_rows, by_columns = (tall - 1 - top, height + top - rows, 0), (wide - 1 - left, width + left - columns, 0)
+  # Row h of the images meets rows h + top - kh + 1 to h + top of the cotangent, as in the gradient to the images.
+  by_rows, by_columns = window.mirrored.padding
   alone = tall * wide * features <= wide * channels + tall * features
 
   def summed(x: Array, g: Array) -> Array:
     """The product over some of the images: f32[kw * c, kh * d], or f32[kh * kw * d, c] with the cotangent shifted alone."""
-    g = lax.pad(g, zero, ((0, 0, 0), by_rows, by_columns if alone else (0, 0, 0), (0, 0, 0)))
+    g = pad_images(g, (by_rows, by_columns if alone else (0, 0)), zero)
     by_row = [lax.slice_in_dim(g, tall - 1 - i, tall - 1 - i + height, axis=1) for i in range(tall)]
     if alone:
       shifted = [lax.slice_in_dim(g, wide - 1 - j, wide - 1 - j + width, axis=2) for g in by_row for j in range(wide)]
       factors = jnp.concatenate(shifted, 3), x
     else:
-      x = lax.pad(x, zero, ((0, 0, 0), (0, 0, 0), (left, right, 0), (0, 0, 0)))
+      x = pad_images(x, ((0, 0), window.padding[1]), zero)
       by_column = [lax.slice_in_dim(x, j, j + columns, axis=2) for j in range(wide)]
       factors = jnp.concatenate(by_column, 3), jnp.concatenate(by_row, 3)
     first, second = (factor.reshape(-1, factor.shape[3]) for factor in factors)

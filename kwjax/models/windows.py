@@ -39,10 +39,23 @@ class Window:
     )
     return rows, columns
 
+  @property
+  def mirrored(self) -> Window:
+    """Geometry of the transpose of a convolution of stride 1, itself a convolution of stride 1, with the kernel mirrored."""
+    (top, bottom), (left, right) = self.padding
+    rows, columns = self.size[0] - 1, self.size[1] - 1
+    return Window(self.size, (1, 1), ((rows - top, rows - bottom), (columns - left, columns - right)))
 
-def pad_images(images: Array, padding: tuple[tuple[int, int], tuple[int, int]], value: float = 0.0) -> Array:
-  """Images f32[b,h,w,c] with rows and columns of `value` added; returns f32[b,h+top+bottom,w+left+right,c]."""
-  return jnp.pad(images, ((0, 0), *padding, (0, 0)), constant_values=value)
+
+def pad_images(images: Array, padding: tuple[tuple[int, int], tuple[int, int]], value: float | Array = 0.0) -> Array:
+  """Images f32[b,h,w,c] with rows and columns of `value` added, or cut off where the padding is negative.
+
+  The transpose of a convolution whose padding is larger than its kernel reaches is one with negative padding.
+
+  Returns: f32[b,h+top+bottom,w+left+right,c].
+  """
+  rows, columns = ((low, high, 0) for low, high in padding)
+  return lax.pad(images, jnp.asarray(value, images.dtype), ((0, 0, 0), rows, columns, (0, 0, 0)))
 
 
 def tap_of_padded(padded: Array, window: Window, tap: tuple[int, int], rows: int, columns: int) -> Array:
@@ -120,11 +133,18 @@ def native_convolution(images: Array, kernel: Array, window: Window, precision: 
   )
 
 
-def image_parts(batch: int, bytes_of_image: int, cached: int) -> int:
-  """Into how many equal parts a batch is divided: what is made of a part takes at most `cached` bytes, or it is one image."""
-  return next(
-    n for n in range(1, batch + 1) if batch % n == 0 and (bytes_of_image * (batch // n) <= cached or n == batch)
-  )
+def image_parts(batch: int, bytes_of_image: int, cached: int, *, fewest: int = 1, smallest: int = 1) -> int:
+  """Into how many equal parts a batch is divided: as few as let what is made of a part take at most `cached` bytes.
+
+  Args:
+    batch: images.
+    bytes_of_image: what is made of one.
+    cached: bytes that stay near a core.
+    fewest: parts, where the batch can be divided at all.
+    smallest: images in a part, which may then take more than `cached`.
+  """
+  counts = [n for n in range(fewest, batch // smallest + 1) if batch % n == 0]
+  return next((n for n in counts if bytes_of_image * (batch // n) <= cached), counts[-1] if counts else 1)
 
 
 def sum_over_parts(function: Callable[[Array, Array], Array], images: Array, cotangent: Array, parts: int) -> Array:

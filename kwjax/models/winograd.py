@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from kwjax.models.cpu import has_wide_vectors
-from kwjax.models.windows import image_parts, sum_over_parts
+from kwjax.models.windows import image_parts, pad_images, sum_over_parts
 
 _TILE, _INPUTS = 4, 6
 _TO_INPUTS = (
@@ -157,7 +157,7 @@ def _padded(
 ) -> Array:
   """Images with zeros around them, `below` and `beside` of which fill the last tiles."""
   (top, bottom), (left, right) = padding
-  return lax.pad(images, zero, ((0, 0, 0), (top, bottom + below, 0), (left, right + beside, 0), (0, 0, 0)))
+  return pad_images(images, ((top, bottom + below), (left, right + beside)), zero)
 
 
 def _tiles(matrix: Sequence[Sequence[float]], padded: Array, tall: int, wide: int) -> list[Array]:

@@ -252,6 +252,21 @@ def test_first_term_that_is_not_finite_is_noted(
   assert watched_terms(STAGES)[int(state.bad_term)] == term
 
 
+@pytest.mark.parametrize(("devices", "waits"), [(1, False), (2, True)])
+def test_among_devices_the_student_waits_for_the_teacher(
+  student: Network, teacher: Network, images: np.ndarray, devices: int, waits: bool
+) -> None:
+  """A NaN among the teacher's logits shows in the student's statistics where its images depend on them, and nowhere else."""
+  if jax.default_backend() != "cpu":
+    pytest.skip("other platforms run a program in one order on all devices")
+
+  def edit(variables: dict) -> None:
+    variables["params"]["head"] = jax.tree.map(lambda x: x * jnp.nan, variables["params"]["head"])
+
+  state, _ = one_step(student, damage(teacher, edit), images[:16], CONFIG, devices=devices)
+  assert np.isnan(flat(state.student.variables["batch_stats"])).any() == waits
+
+
 def test_state_does_not_own_the_students_arrays(student: Network, teacher: Network, images: np.ndarray) -> None:
   """A donated state must not take the caller's weights with it."""
   step = jax.jit(functools.partial(_step, CONFIG, axis_name=None), donate_argnums=0)

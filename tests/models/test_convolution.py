@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from kwjax.models import cpu, depthwise, products, shifts, winograd
+from kwjax.models import cpu, products, shifts, winograd
 from kwjax.models.convolution import conv_general_dilated
 from kwjax.models.windows import Window, image_parts
 
@@ -83,9 +83,8 @@ def test_equals_the_native_form_in_value_and_both_gradients(shape, size, stride,
   ("batch", "bytes_of_image", "parts"),
   [(8, 3, 2), (8, 4, 4), (8, 99, 4), (64, 1, 8), (6, 1, 2), (9, 1, 3), (7, 1, 1), (3, 1, 1)],
 )
-def test_a_depthwise_batch_is_divided_into_parts_of_two_images_or_more(monkeypatch, batch, bytes_of_image, parts):
-  monkeypatch.setattr(depthwise, "_CACHED_PART", 12)
-  assert depthwise._part_count(batch, bytes_of_image) == parts
+def test_a_depthwise_batch_is_divided_into_parts_of_two_images_or_more(batch, bytes_of_image, parts):
+  assert image_parts(batch, bytes_of_image, 12, fewest=2, smallest=2) == parts
 
 
 @pytest.mark.parametrize(("platform", "native"), [("cpu", False), ("cuda", True), ("tpu", True)])
