@@ -117,7 +117,7 @@ def jkl_curve(
     axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
     # Text in a blended frame: left edge of the axes, height of the line.
     axes.text(
-      0.01, value, plain_text(f"{name} {value:.3g}"), transform=axes.get_yaxis_transform(), fontsize=8, va="bottom"
+      0.01, value, plain_text(f"{name} {_number(value)}"), transform=axes.get_yaxis_transform(), fontsize=8, va="bottom"
     )
   axes.set_yscale("log")
   axes.set_xlabel("step")
@@ -126,6 +126,11 @@ def jkl_curve(
   if len(curves) > 1 or "" not in curves:
     axes.legend(frameon=False, fontsize=9)
   return save_figure(figure, path)
+
+
+def _number(value: float) -> str:
+  """Three significant digits and never an exponent: 68000, 1000, 4.06, 0.0123."""
+  return np.format_float_positional(value, 3, fractional=False, trim="-")
 
 
 def layer_bars(divergences: Mapping[str, Mapping[str, float]], path: PathLike, *, worst: int = 5) -> pathlib.Path:
@@ -168,7 +173,7 @@ def layer_bars(divergences: Mapping[str, Mapping[str, float]], path: PathLike, *
     axes.set_xticks(positions, [plain_text(_short(layer, 24)) for layer in layers], rotation=60, ha="right", fontsize=7)
   else:
     axes.set_xlabel("layer, in execution order")
-    listing = "\n".join(f"{positions[i]}  {_short(layers[i])}  {first[i]:.3g}" for i in order)
+    listing = "\n".join(f"{positions[i]}  {_short(layers[i])}  {_number(first[i])}" for i in order)
     title = f"worst layers, {sets[0]}:\n" if len(sets) > 1 else "worst layers:\n"
     # Beside the axes, so that it hides no bar whatever their heights.
     axes.text(1.01, 1, plain_text(title + listing), transform=axes.transAxes, va="top", fontsize=8, linespacing=1.5)

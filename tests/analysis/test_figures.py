@@ -88,6 +88,13 @@ def test_bars_are_as_high_as_their_values(tmp_path: pathlib.Path) -> None:
   assert heights[0] / heights[1] == pytest.approx(2, rel=0.03)
 
 
+@pytest.mark.parametrize(
+  ("value", "text"), [(67964.0, "68000"), (1002.4, "1000"), (4.061, "4.06"), (0.0123, "0.0123"), (float("nan"), "nan")]
+)
+def test_numbers_in_figures_have_no_exponent(value: float, text: str) -> None:
+  assert figures._number(value) == text
+
+
 def test_what_cannot_be_drawn_is_refused(tmp_path: pathlib.Path) -> None:
   path = tmp_path / "x.png"
   with pytest.raises(KwjaxError, match=r"found \[2, 4, 4\]"):
