@@ -102,10 +102,11 @@ def run(options: Options, *, name: str, default: str | None) -> int:
   if options.dry_run:
     return 0
   check_same_settings(options, network)
-  say(f"{network.name}: {config.scheme} images, then {', '.join(rules)}; everything goes to {folder}")
 
   def work(folder: pathlib.Path, shutdown: Shutdown) -> None:
     finished = Stages(folder, result_settings(options, network))
+    # Said under the lock and with signals handled: from here on the folder is this run's, and a stop is an orderly one.
+    say(f"{network.name}: {config.scheme} images, then {', '.join(rules)}; everything goes to {folder}")
     with open_log(folder / "tensorboard" if options.tensorboard and processes.is_main() else None) as log:
       pace = options.checkpoint_seconds, options.checkpoint_steps
       site = Site(network, group, finished, shutdown, folder, *pace, log)

@@ -75,6 +75,7 @@ def test_a_second_run_is_refused_and_a_second_interrupt_ends_the_first_at_once(
   first.wait_for("synthesis")
   second = jobs.Process(undisturbed.inputs, workdir, tmp_path / "second", steps=STEPS)
   assert second.wait() == 2
+  assert "everything goes to" not in second.said()
   assert f"error: {workdir} is in use by process {first.popen.pid} on " in second.said().splitlines()[-1]
   assert first.popen.poll() is None
   # The second signal comes as soon as the first was answered.
