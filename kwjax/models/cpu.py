@@ -1,9 +1,12 @@
-"""What the processor can do, where the fastest form of a convolution depends on it."""
+"""What is particular to CPUs: what the processor can do, and what XLA does for it."""
 
 from __future__ import annotations
 
 import functools
 import pathlib
+
+import jax.numpy as jnp
+from jax import Array
 
 _CPUINFO = pathlib.Path("/proc/cpuinfo")
 
@@ -21,3 +24,14 @@ def has_wide_vectors() -> bool:
   except OSError:
     return False
   return "avx512f" in flags.split()
+
+
+def computed_once(x: Array) -> Array:
+  """x, bit by bit, as a value that a program holds rather than computes anew for each use, f32[...] or other floats.
+
+  XLA's CPU backend fuses what has one large operand, as a BatchNorm and its activation do, into each of its uses: beside the
+  layer itself whatever is observed of its input, and a depthwise convolution before them is run as often. A choice between
+  two arrays has two large operands, and is stored; a barrier is gone before that is decided.
+  """
+  # True but for NaN, which cannot be ruled out.
+  return jnp.where(x == x, x, jnp.nan)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from kwjax import intercept
 from kwjax.errors import DataError, KwjaxError, NonFiniteError
+from kwjax.models.cpu import computed_once
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.forwarding import forward_batches
 from kwjax.quantization.histograms import Histogram, merge, observe_histograms
@@ -44,6 +45,7 @@ def recording_extremes(apply: ApplyFn, network: Network) -> ApplyFn:
           f"layer {intercept.layer_name(module)} cannot be calibrated: its input of shape {x.shape} does not keep the "
           f"{batch} samples apart along its first axis"
         )
+      x = computed_once(x)
       rows = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(batch, -1)
       intercept.record(module, _EXTREMES, Interval(rows.min(1), rows.max(1)))
       return proceed(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from kwjax.network import Array
 from kwjax.runtime import processes
 from kwjax.runtime.data import pad_batch
 from kwjax.runtime.parallel import DeviceGroup
+
+_CPU_PIXELS = 8 * 224 * 224
+"""Of all images that one CPU device forwards at a time: the blocks of more come new from the system each time."""
 
 
 def forward_batches(
@@ -45,16 +49,28 @@ def forward_batches(
     Interrupted: `should_stop` said so, in any process.
   """
   own = processes.share(len(images))
-  size = group.padded(max(min(batch_size, len(own)), 1))
+  size = group.padded(max(min(batch_size, _most_at_a_time(images.shape[1:], group), len(own)), 1))
   starts: Sequence[int] = range(own.start, max(own.stop, own.start + 1), size)
-  stopped = False
+  stopped, under_way = False, None
   for start in tqdm(starts, desc=words, unit="batch", disable=not (progress and processes.is_main())):
     batch, _, valid = pad_batch(np.asarray(images[start : min(start + size, own.stop)]), None, size)
     with jax.default_matmul_precision("highest"):
-      found = group.unshard(forward(placed, group.shard(batch)))
-    yield found, valid
+      found = forward(placed, group.shard(batch))
+    if under_way is not None:
+      # While the host takes in the batch before, the devices have this one to work on.
+      yield group.unshard(under_way[0]), under_way[1]
+    under_way = found, valid
     stopped = processes.stop_is_known(should_stop())
     if stopped:
       break
+  if under_way is not None:
+    yield group.unshard(under_way[0]), under_way[1]
   if processes.any_stop(stopped):
     raise Interrupted("stopped while observing activation ranges")
+
+
+def _most_at_a_time(shape: Sequence[int], group: DeviceGroup) -> int:
+  """Images whose activations CPUs still find in their caches and in memory they have; accelerators take any number."""
+  if group.devices[0].platform != "cpu":
+    return sys.maxsize
+  return max(_CPU_PIXELS // (shape[0] * shape[1]), 1) * group.size

@@ -13,6 +13,7 @@ import numpy as np
 
 from kwjax import intercept
 from kwjax.errors import KwjaxError
+from kwjax.models.cpu import computed_once
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.forwarding import forward_batches
 from kwjax.quantization.ranges import Interval, RangeTable
@@ -108,6 +109,7 @@ def recording_histograms(apply: ApplyFn, network: Network, edges: Mapping[str, I
           "collection (give nn.scan or nn.vmap variable_axes={'batch_stats': 0})"
         )
       lo, hi = ends
+      x = computed_once(x)
       rows = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(batch, -1)
       width = jnp.where(hi > lo, (hi - lo) / bins, 1.0)
       place = jnp.clip(jnp.floor((rows - lo) / width), 0, bins - 1).astype(jnp.int32)

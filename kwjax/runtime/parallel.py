@@ -200,7 +200,9 @@ class DeviceGroup:
     """
     if self.size == 1:
       return jax.device_put(tree, self.devices[0])
-    return jax.tree.map(self._split, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    split = [self._split(leaf) for leaf in leaves]
+    return structure.unflatten(self._joined([[parts[i] for parts in split] for i in range(len(self._own))]))
 
   def shard(self, tree: PyTree) -> PyTree:
     """Split the leading axis of a batch that each process holds as a whole: [b, ...] -> [D, b / D, ...].
@@ -222,7 +224,8 @@ class DeviceGroup:
     """Give each device a copy: [...] -> [D, ...]."""
     if self.size == 1:
       return jax.device_put(tree, self.devices[0])
-    return jax.tree.map(lambda leaf: self._joined([leaf[None]] * len(self._own)), tree)
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(self._joined([[leaf[None] for leaf in leaves]] * len(self._own)))
 
   def unshard(self, tree: PyTree) -> PyTree:
     """Undo `place`: [D, b / D, ...] -> [rows, ...] on the host, this process's rows."""
@@ -246,17 +249,23 @@ class DeviceGroup:
     if rows % devices:
       raise KwjaxError(f"a batch of {rows} does not divide over {devices} devices")
 
-  def _split(self, leaf: Any) -> jax.Array:
+  def _split(self, leaf: Any) -> list[Any]:
     own = len(self._own)
     self._check(leaf.shape[0], own)
     each = leaf.shape[0] // own
-    return self._joined([leaf[None, i * each : (i + 1) * each] for i in range(own)])
+    return [leaf[None, i * each : (i + 1) * each] for i in range(own)]
 
-  def _joined(self, parts: Sequence[Any]) -> jax.Array:
-    """One array of all devices from this process's parts [1, ...], none of which passes through another device."""
-    placed = [jax.device_put(part, device) for part, device in zip(parts, self._own, strict=True)]
+  def _joined(self, parts: Sequence[Sequence[Any]]) -> list[jax.Array]:
+    """Arrays of all devices from the parts [1, ...] for each device of this process, none of which passes through another.
+
+    A device gets all its parts in one transfer: one for each array of a network took most of the time.
+    """
+    placed = [jax.device_put(list(own), device) for own, device in zip(parts, self._own, strict=True)]
     sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
-    return jax.make_array_from_single_device_arrays((self.size, *placed[0].shape[1:]), sharding, placed)
+    return [
+      jax.make_array_from_single_device_arrays((self.size, *rows[0].shape[1:]), sharding, list(rows))
+      for rows in zip(*placed, strict=True)
+    ]
 
 
 def _is_local(device: jax.Device) -> bool:

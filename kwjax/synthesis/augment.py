@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kwjax.errors import KwjaxError
+from kwjax.synthesis.resample import outside, resample
 
 Array = jax.Array
 
@@ -62,8 +62,8 @@ class Views(NamedTuple):
   """Random numbers of a batch of views, as what is done with them.
 
   Attributes:
-    rows: f32[v,h,h], row-resampling matrices: an output row is a weighted sum of input rows.
-    columns: f32[v,w,w], the same for columns; a flip is the matrix upside down.
+    rows: f32[v,h], the row of the image that each row of the view looks at; beyond the image for one of padding.
+    columns: f32[v,w], the same for columns; a flip is the positions upside down.
     keep: f32[v,h,w], zero inside the cutout.
   """
 
@@ -88,8 +88,8 @@ def draw_views(key: Array, indices: Array, height: int, width: int, config: Augm
     low, high = config.crop_resize or (1.0, 1.0)
     side = jnp.sqrt(low + (high - low) * area)
     flipped = (mirror < 0.5) & config.flip
-    rows = _resample(height, side, y, pad_y, config.pad_crop)
-    columns = _resample(width, side, x, pad_x, config.pad_crop)
+    rows = _positions(height, side, y, pad_y, config.pad_crop)
+    columns = _positions(width, side, x, pad_x, config.pad_crop)
     columns = jnp.where(flipped, columns[::-1], columns)
     inside_y = jnp.abs(jnp.arange(height) + 0.5 - cut_y * height) < config.cutout * height / 2
     inside_x = jnp.abs(jnp.arange(width) + 0.5 - cut_x * width) < config.cutout * width / 2
@@ -98,38 +98,31 @@ def draw_views(key: Array, indices: Array, height: int, width: int, config: Augm
   return jax.vmap(one)(indices)
 
 
-def _resample(size: int, side: Array, position: Array, pad_position: Array, pad: int) -> Array:
-  """[size, size] matrix of a bilinear crop-resize followed by a zero-padded crop, along one axis."""
-  out, source = jnp.arange(size, dtype=jnp.float32), jnp.arange(size, dtype=jnp.float32)
-  centre = (out + 0.5) * side + position * (1.0 - side) * size - 0.5
-  centre = jnp.clip(centre, 0.0, size - 1.0)
-  matrix = jnp.maximum(0.0, 1.0 - jnp.abs(centre[:, None] - source[None, :]))
+def _positions(size: int, side: Array, position: Array, pad_position: Array, pad: int) -> Array:
+  """f32[size], where the rows of a bilinear crop-resize followed by a zero-padded crop look."""
+  out = jnp.arange(size, dtype=jnp.float32)
   if pad:
-    shift = jnp.floor(pad_position * (2 * pad + 1)) - pad
-    # Rows that come from outside the image match no source row and stay zero: the padding.
-    matrix = (out[:, None] + shift == source[None, :]).astype(jnp.float32) @ matrix
-  return matrix
+    out = out + jnp.floor(pad_position * (2 * pad + 1)) - pad
+  centre = jnp.clip((out + 0.5) * side + position * (1.0 - side) * size - 0.5, 0.0, size - 1.0)
+  return jnp.where((out >= 0) & (out < size), centre, outside(size))
 
 
-def apply_views(images: Array, views: Views, fill: Array) -> Array:
-  """Make the views of images; linear in the images, so its gradient is two matrix products as well.
-
-  Matrix products, because the gradient of a gather is a scatter, which CPUs and TPUs run an order of magnitude slower.
+def apply_views(images: Array, views: Views, fill: Array, config: Augmentation) -> Array:
+  """Make the views of images; linear in the images.
 
   Args:
     images: f32[b,h,w,c].
     views: v views, v a multiple of b; views i*n .. i*n+n-1 are of image i.
     fill: f32[c], colour of the cutout.
+    config: what the views were drawn by.
 
   Returns:
     f32[v,h,w,c].
   """
-  b, h, w, c = images.shape
-  n = views.rows.shape[0] // b
-  rows = views.rows.reshape(b, n, h, h)
-  highest = lax.Precision.HIGHEST  # the default of TPUs would round the pixels to bfloat16
-  moved = jnp.einsum("bnij,bjwc->bniwc", rows, images, precision=highest).reshape(b * n, h, w, c)
-  moved = jnp.einsum("vkw,viwc->vikc", views.columns, moved, precision=highest)
+  copies = views.rows.shape[0] // images.shape[0]
+  repeated = jnp.repeat(images, copies, axis=0) if copies > 1 else images
+  magnification = 1.0 if config.crop_resize is None else config.crop_resize[0] ** -0.5
+  moved = resample(repeated, views.rows, views.columns, magnification)
   keep = views.keep[..., None]
   return moved * keep + fill * (1.0 - keep)
 
@@ -162,7 +155,9 @@ def augment(
   indices = offset * duplicates + jnp.arange(b * duplicates)
   views = draw_views(key, indices, h, w, config)
   if config.keep_first:
-    first = (jnp.arange(b * duplicates) % duplicates == 0)[:, None, None]
-    same = (jnp.eye(h), jnp.eye(w), jnp.ones(()))
-    views = Views(*(jnp.where(first, s, drawn) for s, drawn in zip(same, views, strict=True)))
-  return apply_views(images, views, jnp.broadcast_to(jnp.asarray(fill, images.dtype), (c,)))
+    first = jnp.arange(b * duplicates) % duplicates == 0
+    same = (jnp.arange(h, dtype=jnp.float32), jnp.arange(w, dtype=jnp.float32), jnp.ones(()))
+    views = Views(
+      *(jnp.where(first.reshape(-1, *[1] * (drawn.ndim - 1)), s, drawn) for s, drawn in zip(same, views, strict=True))
+    )
+  return apply_views(images, views, jnp.broadcast_to(jnp.asarray(fill, images.dtype), (c,)), config)
