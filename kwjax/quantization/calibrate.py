@@ -47,6 +47,7 @@ def recording_extremes(apply: ApplyFn, network: Network) -> ApplyFn:
         )
       x = computed_once(x)
       rows = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(batch, -1)
+      # One reduction to both ends reads a row once, but XLA fuses what makes it into that: 3 times slower in a network.
       intercept.record(module, _EXTREMES, Interval(rows.min(1), rows.max(1)))
       return proceed(x)
 
