@@ -202,7 +202,7 @@ class DeviceGroup:
       return jax.device_put(tree, self.devices[0])
     leaves, structure = jax.tree.flatten(tree)
     split = [self._split(leaf) for leaf in leaves]
-    return structure.unflatten(self._joined([[parts[i] for parts in split] for i in range(len(self._own))]))
+    return jax.tree.unflatten(structure, self._joined([[parts[i] for parts in split] for i in range(len(self._own))]))
 
   def shard(self, tree: PyTree) -> PyTree:
     """Split the leading axis of a batch that each process holds as a whole: [b, ...] -> [D, b / D, ...].
@@ -225,7 +225,7 @@ class DeviceGroup:
     if self.size == 1:
       return jax.device_put(tree, self.devices[0])
     leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten(self._joined([[leaf[None] for leaf in leaves]] * len(self._own)))
+    return jax.tree.unflatten(structure, self._joined([[leaf[None] for leaf in leaves]] * len(self._own)))
 
   def unshard(self, tree: PyTree) -> PyTree:
     """Undo `place`: [D, b / D, ...] -> [rows, ...] on the host, this process's rows."""
