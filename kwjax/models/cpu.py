@@ -27,11 +27,12 @@ def has_wide_vectors() -> bool:
 
 
 def computed_once(x: Array) -> Array:
-  """x, bit by bit, as a value that a program holds rather than computes anew for each use, f32[...] or other floats.
+  """The array x, f32[...] or other floats, as one that a program holds rather than computes anew for each use; NaN stays NaN.
 
   XLA's CPU backend fuses what has one large operand, as a BatchNorm and its activation do, into each of its uses: beside the
   layer itself whatever is observed of its input, and a depthwise convolution before them is run as often. A choice between
-  two arrays has two large operands, and is stored; a barrier is gone before that is decided.
+  two arrays has two large operands, and is stored; a barrier is gone before that is decided. Not a promise: a sum of many
+  terms may still be computed twice.
   """
   # True but for NaN, which cannot be ruled out.
   return jnp.where(x == x, x, jnp.nan)

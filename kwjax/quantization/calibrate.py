@@ -115,7 +115,7 @@ def observe_ranges(
     network: the float network.
     images: f32[n,h,w,c] in [0,1].
     rules: quantize the weights by these rules first; default: float weights, and the table serves any rules.
-    batch_size: images forwarded at a time; no influence on the result.
+    batch_size: images forwarded at a time at most (CPUs take fewer large ones); no influence on the result.
     progress: show a bar.
     devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process).
     should_stop: asked between batches.

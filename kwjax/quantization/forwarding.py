@@ -40,10 +40,10 @@ def forward_batches(
     placed: its first argument, on the devices.
     images: f32[n,h,w,c] in [0,1].
     group: devices of this process.
-    batch_size: images at a time, rounded up to a multiple of the devices.
+    batch_size: images at a time at most, rounded up to a multiple of the devices.
     words: what the bar says.
     progress: show a bar.
-    should_stop: asked between batches.
+    should_stop: asked each time a batch is under way; what was forwarded until then is handed over.
 
   Raises:
     Interrupted: `should_stop` said so, in any process.

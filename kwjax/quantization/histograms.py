@@ -166,7 +166,7 @@ def observe_histograms(
     table: extremes of the same images, of `observe_ranges`; they are the edges.
     rules: quantize the weights by these rules first; default: float weights, and the histograms serve any rules.
     bins: bins a layer.
-    batch_size: images forwarded at a time; no influence on the result.
+    batch_size: images forwarded at a time at most (CPUs take fewer large ones); no influence on the result.
     progress: show a bar.
     devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process).
     should_stop: asked between batches.

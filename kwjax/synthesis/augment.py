@@ -138,6 +138,8 @@ def augment(
 ) -> Array:
   """In-batch augmentation of Haroush et al. (2020), section 3.2: every image as n independently drawn copies.
 
+  Of large images (`kwjax.synthesis.resample`) it can be differentiated in reverse mode only.
+
   Args:
     images: f32[b,h,w,c] in [0,1].
     key: PRNG key of the step.

@@ -33,16 +33,17 @@ def resample(images: Array, rows: Array, columns: Array, magnification: float) -
 
   Args:
     images: f32[v,h,w,c].
-    rows: f32[v,h], the input row that each row of the result looks at, one after the other up or down the image, less than
-      two rows apart; `outside(h)` for a row of zeros.
+    rows: f32[v,h], the row of the image that each row of the view looks at, up or down the image, at most one row apart;
+      `outside(h)` for a row of zeros, before the others or behind them.
     columns: f32[v,w], the same for columns.
-    magnification: the largest of any view, >= 1: how many rows and columns of a view may look at the same one.
+    magnification: the largest of any view, >= 1: rows of a view for each row of the image.
 
   Returns: f32[v,h,w,c].
   """
-  if min(images.shape[1:3]) < _LARGE:
+  # What looks at a block has to be a small part of the view: at 1/12 of the area and 224 pixels blocks already lose.
+  if min(images.shape[1:3]) < max(_LARGE, 2 * (_BLOCK + 2) * magnification):
     return _products(images, rows, columns)
-  return _large(images, rows, columns, magnification)
+  return _large(images.astype(jnp.result_type(images, rows, columns)), rows, columns, magnification)
 
 
 def _products(images: Array, rows: Array, columns: Array) -> Array:
@@ -74,7 +75,7 @@ def _large_backward(
   magnification: float, residuals: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array, Array]:
   rows, columns = residuals
-  seen_by = functools.partial(_seen_by, most=math.ceil((_BLOCK + 2) * magnification) + 2)
+  seen_by = functools.partial(_seen_by, most=math.ceil((_BLOCK + 1) * magnification) + 1)
   gradient = lax.platform_dependent(
     cotangent,
     rows,
@@ -106,8 +107,8 @@ def _blocks_of_rows(images: Array, first: Array, weights: Array) -> Array:
   Returns: f32[v,h,w,c].
   """
   lines = images.reshape(*images.shape[:2], -1)
-  count = (weights.shape[3], lines.shape[2])
-  windows = jax.vmap(lambda x, starts: jax.vmap(lambda start: lax.dynamic_slice(x, (start, 0), count))(starts))
+  count = weights.shape[3]
+  windows = jax.vmap(lambda x, starts: jax.vmap(lambda start: lax.dynamic_slice_in_dim(x, start, count))(starts))
   blocks = lax.dot_general(
     weights, windows(lines, first), (((3,), (2,)), ((0, 1), (0, 1))), precision=lax.Precision.HIGHEST
   )
@@ -136,5 +137,5 @@ def _seen_by(positions: Array, most: int) -> tuple[Array, Array]:
   start = _BLOCK * jnp.arange(-(-size // _BLOCK), dtype=jnp.float32)
   looking = (positions[:, None] > start[:, None] - 1) & (positions[:, None] < start[:, None] + _BLOCK)
   first = jnp.clip(jnp.argmax(looking, 2), 0, size - most)
-  there = jax.vmap(lambda p, starts: jax.vmap(lambda s: lax.dynamic_slice(p, (s,), (most,)))(starts))(positions, first)
+  there = jax.vmap(lambda p, starts: jax.vmap(lambda s: lax.dynamic_slice_in_dim(p, s, most))(starts))(positions, first)
   return first, _weights(there - start[:, None], _BLOCK).swapaxes(2, 3)

@@ -16,8 +16,8 @@ def matrices(positions: np.ndarray, size: int) -> np.ndarray:
 
 
 def views(config: Augmentation, count: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-  """Drawn positions, and one view whose rows look at the edges of the image alone."""
-  drawn = draw_views(jax.random.key(3), jnp.arange(count), height, width, config)
+  """Drawn positions of rows and columns."""
+  drawn = draw_views(jax.random.key(0), jnp.arange(count), height, width, config)
   return np.asarray(drawn.rows), np.asarray(drawn.columns)
 
 
@@ -25,12 +25,13 @@ def views(config: Augmentation, count: int, height: int, width: int) -> tuple[np
   ("config", "height", "width"),
   [
     (Augmentation(crop_resize=(0.4, 1.0), flip=True), 224, 224),
+    (Augmentation(crop_resize=(0.2, 0.3), flip=True), 161, 193),
     (Augmentation(crop_resize=(0.08, 0.2), flip=True), 150, 193),
     (Augmentation(pad_crop=40, flip=True), 160, 129),
     (Augmentation(crop_resize=(0.3, 1.0), pad_crop=9, flip=True), 131, 200),
     (Augmentation(crop_resize=(0.4, 1.0), pad_crop=2, flip=True), 24, 30),
   ],
-  ids=["default", "small crops", "shifts", "both", "small images"],
+  ids=["default", "small crops", "smaller crops", "shifts", "both", "small images"],
 )
 def test_views_and_their_gradient_are_products_with_the_matrices(config: Augmentation, height: int, width: int) -> None:
   rows, columns = views(config, 9, height, width)
@@ -43,8 +44,8 @@ def test_views_and_their_gradient_are_products_with_the_matrices(config: Augment
   np.testing.assert_allclose(transpose(g)[0], expected, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("magnification", [1.0, 2.0, 5.0])
-def test_every_row_of_a_view_may_look_at_the_same_block(magnification: float) -> None:
+@pytest.mark.parametrize("magnification", [1.0, 1.7, 2.0])
+def test_all_rows_that_look_at_a_block_are_found(magnification: float) -> None:
   """The bound on the rows that see a block holds at the border too, where positions are held back."""
   size = 140
   position = np.clip((np.arange(size) + 0.5) / magnification - 0.5, 0, size - 1).astype(np.float32)
@@ -69,3 +70,26 @@ def test_accelerators_keep_one_product_an_axis() -> None:
   assert "stablehlo.gather" not in text
   assert "tensor<2x224x224xf32>" in text
   assert "stablehlo.gather" in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_a_first_copy_that_is_kept_and_others_that_are_drawn() -> None:
+  x = jax.random.uniform(jax.random.key(2), (2, 130, 140, 3))
+  config = Augmentation(crop_resize=(0.5, 0.9), flip=True, keep_first=True)
+  copies = augment(x, jax.random.key(0), config, duplicates=3)
+  np.testing.assert_array_equal(copies[::3], x)
+  rows, columns = views(config, 6, 130, 140)
+  drawn = np.einsum(
+    "vij,vkw,vjwc->vikc", matrices(rows, 130), matrices(columns, 140), np.repeat(x, 3, axis=0), optimize=True
+  )
+  for i in (1, 2, 4, 5):
+    np.testing.assert_allclose(copies[i], drawn[i], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_gradients_have_the_type_of_the_images(dtype: str) -> None:
+  config = Augmentation(crop_resize=(0.5, 0.9))
+  with jax.enable_x64(dtype == "float64"):
+    x = jnp.ones((1, 130, 130, 3), dtype)
+    gradient = jax.grad(lambda x: augment(x, jax.random.key(0), config).astype(jnp.float32).sum())(x)
+    assert gradient.dtype == dtype
+    np.testing.assert_allclose(np.asarray(gradient, np.float64).sum(), x.size, rtol=2e-2)
