@@ -41,7 +41,7 @@ def conv_general_dilated(
   channels = features. Dense, stride 1: at most 16 channels and features, or 3x3, whose gradients are Winograd's
   where that pays (precision None; its rounding errors are ten times larger, the value itself is exact as ever). Dense,
   strided, up to 7x7: the gradient to the kernel is a matrix product, and the value a loop of its own for images of three channels
-  (`kwjax.models.few_channels`).
+  (`kwjax.models.stem`).
 
   Dense, 1x1, without padding: one matrix product, of any type.
 

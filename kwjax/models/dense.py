@@ -3,7 +3,7 @@
 One of up to 16 features leaves the vector units of XLA's CPU backend half empty: with neighbouring pixels as further features it
 runs two to five times as fast, its products by zero included. The gradients of wide 3x3 ones of stride 1 take half the time by
 Winograd's algorithm, those of strided ones to their kernels a third to two thirds by a matrix product. Few pixels meet a large
-kernel in products too, and few channels of strided ones a loop of their own. Other platforms keep the native convolution.
+kernel in products too, and strided ones of RGB images are a loop of their own. Other platforms keep the native convolution.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kwjax.models import few_channels, im2col, products, shifts, winograd
+from kwjax.models import im2col, products, shifts, stem, winograd
 from kwjax.models.windows import Window, native_convolution
 
 _NARROW = 16  # channels and features, up to which outputs are grouped
@@ -74,8 +74,8 @@ def dense(images: Array, kernel: Array, window: Window, precision: Any) -> Array
 def _on_cpu(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
   if products.is_worthwhile(images.shape, kernel.shape, window):
     return products.convolve(images, kernel, window, precision)
-  if few_channels.is_worthwhile(images.shape, kernel.shape, window):
-    return few_channels.convolve(images, kernel, window)
+  if stem.is_worthwhile(kernel.shape, window):
+    return stem.convolve(images, kernel, window)
   return _grouped(images, kernel, window, precision)
 
 

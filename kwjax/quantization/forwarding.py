@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,9 +14,6 @@ from kwjax.network import Array
 from kwjax.runtime import processes
 from kwjax.runtime.data import pad_batch
 from kwjax.runtime.parallel import DeviceGroup
-
-_CPU_PIXELS = 8 * 224 * 224
-"""Of all images that one CPU device forwards at a time: the blocks of more come new from the system each time."""
 
 
 def forward_batches(
@@ -40,7 +36,7 @@ def forward_batches(
     placed: its first argument, on the devices.
     images: f32[n,h,w,c] in [0,1].
     group: devices of this process.
-    batch_size: images at a time at most, rounded up to a multiple of the devices.
+    batch_size: images at a time at most, see `DeviceGroup.forward_size`.
     words: what the bar says.
     progress: show a bar.
     should_stop: asked each time a batch is under way; what was forwarded until then is handed over.
@@ -49,7 +45,7 @@ def forward_batches(
     Interrupted: `should_stop` said so, in any process.
   """
   own = processes.share(len(images))
-  size = group.padded(max(min(batch_size, _most_at_a_time(images.shape[1:], group), len(own)), 1))
+  size = group.forward_size(batch_size, len(own), images.shape[1:])
   starts: Sequence[int] = range(own.start, max(own.stop, own.start + 1), size)
   stopped, under_way = False, None
   for start in tqdm(starts, desc=words, unit="batch", disable=not (progress and processes.is_main())):
@@ -67,10 +63,3 @@ def forward_batches(
     yield group.unshard(under_way[0]), under_way[1]
   if processes.any_stop(stopped):
     raise Interrupted("stopped while observing activation ranges")
-
-
-def _most_at_a_time(shape: Sequence[int], group: DeviceGroup) -> int:
-  """Images whose activations CPUs still find in their caches and in memory they have; accelerators take any number."""
-  if group.devices[0].platform != "cpu":
-    return sys.maxsize
-  return max(_CPU_PIXELS // (shape[0] * shape[1]), 1) * group.size

@@ -194,7 +194,7 @@ def predict(
   Args:
     network: what to forward.
     images: `ImageData`, or f32[n,h,w,c] in [0, 1].
-    batch_size: images a forward pass; the last batch is filled up, and so is one that does not divide over the devices.
+    batch_size: images a forward pass at most, see `DeviceGroup.forward_size`; the last batch is filled up.
     devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process).
     should_stop: asked between batches.
 
@@ -209,7 +209,9 @@ def predict(
   if not len(images) or batch_size < 1:
     raise DataError(f"expected at least one image and batch_size >= 1, got {len(images)} and {batch_size}")
   group, own = device_group(devices).local, processes.share(len(images))
-  size = group.padded(max(min(batch_size, len(own)), 1))
+  size = group.forward_size(
+    batch_size, len(own), images.image_shape if isinstance(images, ImageData) else images.shape[1:]
+  )
   placed, forward = group.replicate(network), _compiled_forward(group)
   parts: list[np.ndarray] = []
   bad, stopped = 0, False

@@ -13,6 +13,7 @@ from kwjax.models.cpu import computed_once
 from kwjax.models.mobilenet import InvertedResidual
 from kwjax.quantization import forwarding
 from kwjax.quantization.calibrate import recording_extremes
+from kwjax.runtime import parallel
 from kwjax.runtime.parallel import device_group
 from tests.networks import random_network
 
@@ -35,7 +36,7 @@ def forward_all(images: np.ndarray, seen: list[str], **options) -> np.ndarray:
 def test_cpus_take_no_more_pixels_at_a_time_than_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
   images = np.arange(7 * 4 * 5 * 1, dtype=np.float32).reshape(7, 4, 5, 1)
   for pixels, batch_size, size in ((60, 64, 3), (79, 64, 3), (80, 64, 4), (1, 64, 1), (1000, 2, 2), (1000, 64, 7)):
-    monkeypatch.setattr(forwarding, "_CPU_PIXELS", pixels)
+    monkeypatch.setattr(parallel, "_CPU_PIXELS", pixels)
     seen: list[str] = []
     np.testing.assert_array_equal(forward_all(images, seen, batch_size=batch_size), 2 * images)
     assert {step for step in seen if step.startswith("forward")} == {f"forward {size}"}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kwjax.errors import DataError, Interrupted, NonFiniteError
+from kwjax.runtime import parallel
 from kwjax.runtime.data import array_data
 from kwjax.runtime.evaluate import Accuracy, agreement, evaluate, predict, score, wilson_interval
 
@@ -166,6 +167,17 @@ def test_it_stops_between_batches() -> None:
   with pytest.raises(Interrupted):
     predict(_linear(), _images(), batch_size=2, should_stop=stop)
   assert len(asked) == 3
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["array", "ImageData"])
+def test_large_images_are_forwarded_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:
+  network, images = _linear(), _images()
+  expected = predict(network, images)
+  monkeypatch.setattr(parallel, "_CPU_PIXELS", 2 * 2 * 4)
+  asked: list[bool] = []
+  found = predict(network, array_data(images) if stored else images, should_stop=lambda: bool(asked.append(True)))
+  assert len(asked) == 6  # 23 images, 4 at a time
+  np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_networks_of_one_structure_share_one_compilation() -> None:

@@ -1,4 +1,4 @@
-"""Strided convolutions of few channels against the native ones."""
+"""Strided convolutions of RGB images against the native ones."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from kwjax.models import few_channels
+from kwjax.models import stem
 from kwjax.models.convolution import conv_general_dilated
 from kwjax.models.windows import LAYOUT, Window
 
@@ -60,4 +60,4 @@ def test_value_and_gradients_are_those_of_lax(height, width, size, stride, paddi
 )
 def test_where_it_pays(kernel, stride, expected) -> None:
   window = Window(kernel[:2], (stride, stride), ((1, 1), (1, 1)))
-  assert few_channels.is_worthwhile((8, 32, 32, kernel[2]), kernel, window) is expected
+  assert stem.is_worthwhile(kernel, window) is expected
