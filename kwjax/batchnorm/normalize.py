@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kwjax import intercept
-from kwjax.batchnorm.moments import Moments, batch_moments
+from kwjax.batchnorm.moments import Moments
 from kwjax.errors import KwjaxError
 from kwjax.network import Array
 
@@ -36,10 +36,10 @@ def running_moments(module: nn.BatchNorm) -> Moments:
   return Moments(module.get_variable("batch_stats", "mean"), module.get_variable("batch_stats", "var"))
 
 
-def normalize(module: nn.BatchNorm, x: Array, moments: Moments, near_zero: bool = False) -> Array:
+def normalize(module: nn.BatchNorm, x: Array, moments: Moments, *, of_batch: bool = False) -> Array:
   """(x - mean) / sqrt(var + eps) * scale + bias with the layer's own eps, scale, bias and result type; like x.
 
-  Where the mean is near zero, the gradient may be made of sums of x instead of x - mean.
+  `of_batch` says that the moments have a gradient; the result is the same.
   """
   shape = _along_features(module, x)
   multiplier = jax.lax.rsqrt(moments.var + module.epsilon)
@@ -49,37 +49,25 @@ def normalize(module: nn.BatchNorm, x: Array, moments: Moments, near_zero: bool 
   if scale is not None:
     multiplier = multiplier * scale
   mean, multiplier = moments.mean.reshape(shape), multiplier.reshape(shape)
-  y = _standardized(x, mean, multiplier) if near_zero else (x - mean) * multiplier
+  y = _standardized(x, mean, multiplier) if of_batch else (x - mean) * multiplier
   if bias is not None:
     y = y + bias.reshape(shape)
   return jnp.asarray(y, dtype)
 
 
-def normalize_by_batch(
-  module: nn.BatchNorm, x: Array, shift: Array, axis_name: str | None, weights: Array | None
-) -> tuple[Array, Moments]:
-  """`normalize` with the moments of the batch, and those moments, by way of x - shift, a constant near the mean taken off.
-
-  XLA's CPU backend writes to memory what it sums over pixels. x - shift serves the variance, the result and both gradients
-  (0.94 of the time of MobileNetV2's step of fine-tuning); x - mean would be a further array, kept for the backward pass.
-  """
-  shape, shift = _along_features(module, x), jax.lax.stop_gradient(shift)
-  centred = x - shift.reshape(shape)
-  moments = batch_moments(x, feature_axis=feature_axis(module), shift=shift, axis_name=axis_name, weights=weights)
-  return normalize(module, centred, Moments(moments.mean - shift, moments.var), near_zero=True), moments
-
-
 @jax.custom_jvp
 def _standardized(x: Array, mean: Array, multiplier: Array) -> Array:
-  """(x - mean) * multiplier, for a mean near zero."""
+  """(x - mean) * multiplier."""
   return (x - mean) * multiplier
 
 
 @_standardized.defjvp
 def _standardized_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-  """The tangent dx m - (dmean m + mean dm) + x dm: its transpose sums g and g x, neither of
-  which needs x - mean in memory.
+  """The tangent dx m - dmean m + (x - mean) dm.
+
+  4 x - 4 mean is 4 (x - mean) to the last bit, but an array of its own to XLA: what it sums for the multiplier's gradient is
+  then made within the sum, where x - mean, which has other uses, would be written to memory first.
   """
   (x, mean, multiplier), (dx, dmean, dmultiplier) = primals, tangents
-  constant = dmean * multiplier + mean * dmultiplier
-  return _standardized(x, mean, multiplier), dx * multiplier + x * dmultiplier - constant
+  y = _standardized(x, mean, multiplier)
+  return y, dx * multiplier - dmean * multiplier + (4.0 * x - 4.0 * mean) * (0.25 * dmultiplier)

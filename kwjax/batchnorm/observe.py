@@ -13,7 +13,7 @@ import numpy as np
 
 from kwjax import intercept
 from kwjax.batchnorm.moments import Moments, batch_moments, over_devices, pool
-from kwjax.batchnorm.normalize import feature_axis, normalize, normalize_by_batch, running_moments
+from kwjax.batchnorm.normalize import feature_axis, normalize, running_moments
 from kwjax.errors import KwjaxError, NoBatchNormError
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.runtime import parallel
@@ -64,18 +64,18 @@ def observing(
     use_current = frozen is None and matches(name, current)
     moments = None
     if record_moments or use_current:
-      weights, axis = _entry_weights(module, x), axis_name if use_current else None
-      if use_current and x.dtype == jnp.float32 and not (axis is None and weights is None):
-        y, moments = normalize_by_batch(module, x, running.mean, axis, weights)
-        if record_moments:
-          intercept.record(module, _MOMENTS, moments)
-        return y
-      moments = batch_moments(x, feature_axis=feature_axis(module), shift=running.mean, axis_name=axis, weights=weights)
+      moments = batch_moments(
+        x,
+        feature_axis=feature_axis(module),
+        shift=running.mean,
+        axis_name=axis_name if use_current else None,
+        weights=_entry_weights(module, x),
+      )
     if record_moments:
       intercept.record(module, _MOMENTS, moments)
     chosen = moments if use_current else frozen if frozen is not None else running
     assert chosen is not None
-    return normalize(module, x, chosen)
+    return normalize(module, x, chosen, of_batch=use_current)
 
   return intercept.intercept(apply, lambda module: isinstance(module, nn.BatchNorm), handle)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kwjax.models.windows import Window, pad_images, scatter_taps, tap_of_padded
+from kwjax.models.windows import Window, scatter_taps
 
 
 def max_pool(images: Array, size: int, stride: int, padding: int) -> Array:
@@ -41,9 +41,29 @@ def _native(images: Array, window: Window) -> Array:
 
 
 def _taps(images: Array, window: Window) -> list[Array]:
-  rows, columns = window.output_size(images.shape[1], images.shape[2])
-  padded = pad_images(images, window.padding, -jnp.inf)
-  return [tap_of_padded(padded, window, tap, rows, columns) for tap in window.taps]
+  """What each tap sees [b,oh,ow,c], minus infinity beyond the images.
+
+  Each is padded on its own: XLA then makes one loop of all and of the BatchNorm and activation before them, where images
+  padded first are another array in memory: of 8 images of 112x112x64 on each of two cores 3.0 ms instead of 4.3.
+  """
+  return [_tap(images, window, tap) for tap in window.taps]
+
+
+def _tap(images: Array, window: Window, tap: tuple[int, int]) -> Array:
+  starts, stops, around = [0] * 4, list(images.shape), [(0, 0, 0)] * 4
+  counts = window.output_size(*images.shape[1:3])
+  for axis, (position, (low, _), stride, count) in enumerate(
+    zip(tap, window.padding, window.stride, counts, strict=True), start=1
+  ):
+    # Output o sees pixel o * stride + position - low, which exists for o in [first, last].
+    first = min(max(-(-(low - position) // stride), 0), count)
+    last = min((images.shape[axis] - 1 + low - position) // stride, count - 1)
+    seen = max(last - first + 1, 0)
+    starts[axis] = first * stride + position - low if seen else 0
+    stops[axis] = starts[axis] + (seen - 1) * stride + 1 if seen else 0
+    around[axis] = (first, count - first - seen, 0)
+  inside = lax.slice(images, starts, stops, (1, *window.stride, 1))
+  return lax.pad(inside, jnp.asarray(-jnp.inf, images.dtype), around)
 
 
 def _shifted(images: Array, window: Window) -> Array:

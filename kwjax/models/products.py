@@ -13,6 +13,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array, lax
 
 from kwjax.models.windows import Window, pad_images, tap_of_padded
@@ -38,7 +39,9 @@ def is_worthwhile(images: Sequence[int], kernel: Sequence[int], window: Window) 
 
 
 def convolve(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
-  """The convolution sum_ij x_ij k[i,j], x_ij the pixels that tap (i, j) sees, one a row.
+  """The convolution [x_11 x_12 ...] k, x_ij the pixels that tap (i, j) sees, one a row, and k the kernel as one matrix.
+
+  One product reads the kernel as it lies; one a tap would copy its part of the kernel first.
 
   Args:
     images: f32[b,h,w,c].
@@ -48,7 +51,12 @@ def convolve(images: Array, kernel: Array, window: Window, precision: Any) -> Ar
 
   Returns: f32[b,oh,ow,d].
   """
-  return _sum_of_products(images, window, lambda x, i, j: lax.dot(x, kernel[i, j], precision=precision))
+  rows, columns = window.output_size(*images.shape[1:3])
+  padded = pad_images(images, window.padding)
+  seen = jnp.concatenate([tap_of_padded(padded, window, tap, rows, columns) for tap in window.taps], 3)
+  matrix = kernel.reshape(-1, kernel.shape[3])
+  product = lax.dot(seen.reshape(-1, matrix.shape[0]), matrix, precision=precision)
+  return product.reshape(images.shape[0], rows, columns, -1)
 
 
 def transposed_convolve(cotangent: Array, kernel: Array, window: Window, precision: Any) -> Array:

@@ -26,9 +26,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kwjax.errors import KwjaxError
+from kwjax.models.cpu import compiler_options
 
 AXIS = "devices"
-_CPU_PIXELS = 8 * 224 * 224  # of all images that one CPU device forwards at a time
+_CPU_PIXELS = 4 * 224 * 224  # of all images that one CPU device forwards at a time
 
 PyTree = Any
 LossFn = Callable[..., tuple[jax.Array, PyTree]]
@@ -167,15 +168,16 @@ class DeviceGroup:
       donate: positions of arguments whose buffers the outputs may reuse.
     """
     mapped = functools.partial(step, axis_name=self.axis_name)
+    options = compiler_options() if self.devices[0].platform == "cpu" else None
     if self.size == 1:
-      return jax.jit(mapped, donate_argnums=tuple(donate))
+      return jax.jit(mapped, donate_argnums=tuple(donate), compiler_options=options)
 
     def on_one_device(*args: Any) -> Any:
       return _with_axis(mapped(*_without_axis(args)))
 
     spread = PartitionSpec(AXIS)
     sharded = jax.shard_map(on_one_device, mesh=self._mesh, in_specs=spread, out_specs=spread, check_vma=False)
-    return jax.jit(sharded, donate_argnums=tuple(donate))
+    return jax.jit(sharded, donate_argnums=tuple(donate), compiler_options=options)
 
   def padded(self, size: int) -> int:
     """The least multiple of the number of devices that holds a batch of `size`."""
