@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import tyro
 
+from experiments.arguments import parse
 from experiments.common import run_command, say, use_compilation_cache
 from kwjax.errors import KwjaxError
 from kwjax.export import (
@@ -225,7 +226,7 @@ _WRITERS = {"onnx": _onnx, "stablehlo": _stablehlo, "safetensors": _safetensors}
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.export", description=__doc__)
+  options = parse(Options, args, "export", __doc__)
   return run_command(lambda: export(options))
 
 

@@ -34,9 +34,9 @@ if __name__ == "__main__":
   relaunch_with_huge_pages()
 
 import numpy as np
-import tyro
 
 from experiments import cost, stages
+from experiments.arguments import parse
 from experiments.common import run_command, say
 from experiments.options import synthesis_config
 from experiments.sources import synthesized
@@ -245,7 +245,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(StudyOptions, args=args, prog="python -m experiments.figure2_monitor", description=__doc__)
+  options = parse(StudyOptions, args, "figure2_monitor", __doc__)
   return run_command(lambda: run(options, name="figure2_monitor", build=build, arch="resnet44"))
 
 

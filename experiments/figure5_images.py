@@ -33,9 +33,9 @@ if __name__ == "__main__":
   relaunch_with_huge_pages()
 
 import numpy as np
-import tyro
 
 from experiments import cost, stages
+from experiments.arguments import parse
 from experiments.common import run_command
 from experiments.sources import Source
 from experiments.stages import GAUSSIAN, GAUSSIAN_KEY, REAL, REAL_KEY, SYNTHESIS_KEY, Site
@@ -249,7 +249,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.figure5_images", description=__doc__)
+  options = parse(Options, args, "figure5_images", __doc__)
   return run_command(lambda: run(options, name="figure5_images", build=build, arch="resnet44"))
 
 

@@ -39,9 +39,9 @@ if __name__ == "__main__":
   relaunch_with_huge_pages()
 
 import numpy as np
-import tyro
 
 from experiments import cost
+from experiments.arguments import parse
 from experiments.common import run_command
 from experiments.sources import Source
 from experiments.stages import GAUSSIAN, REAL, Site
@@ -202,7 +202,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(StudyOptions, args=args, prog="python -m experiments.figure7_bias", description=__doc__)
+  options = parse(StudyOptions, args, "figure7_bias", __doc__)
   return run_command(lambda: run(options, name="figure7_bias", build=build, arch="resnet44"))
 
 

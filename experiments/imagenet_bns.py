@@ -22,8 +22,7 @@ from experiments.launch import relaunch_with_huge_pages
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-import tyro
-
+from experiments.arguments import parse
 from experiments.common import run_command
 from experiments.options import Options
 from experiments.pipeline import run
@@ -31,7 +30,7 @@ from experiments.pipeline import run
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the experiment; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.imagenet_bns", description=__doc__)
+  options = parse(Options, args, "imagenet_bns", __doc__)
   return run_command(lambda: run(options, name="imagenet_bns", default="efficientnet_lite0"))
 
 

@@ -47,9 +47,9 @@ if __name__ == "__main__":
   relaunch_with_huge_pages()
 
 import numpy as np
-import tyro
 
 from experiments import cost, leaves_tuning, sources, stages, study_report
+from experiments.arguments import parse
 from experiments.common import run_command
 from experiments.leaves_tuning import BNS, MIXED
 from experiments.noise_sources import LEAVES, NOISES, noise
@@ -285,7 +285,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(StudyOptions, args=args, prog="python -m experiments.leaves_bns", description=__doc__)
+  options = parse(StudyOptions, args, "leaves_bns", __doc__)
   return run_command(lambda: run(options, name="leaves_bns", build=build, arch="resnet44"))
 
 

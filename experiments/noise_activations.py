@@ -41,9 +41,9 @@ if __name__ == "__main__":
   relaunch_with_huge_pages()
 
 import numpy as np
-import tyro
 
 from experiments import cost
+from experiments.arguments import parse
 from experiments.common import run_command, say
 from experiments.noise_sources import NOISES, noise
 from experiments.sources import Source
@@ -243,7 +243,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(StudyOptions, args=args, prog="python -m experiments.noise_activations", description=__doc__)
+  options = parse(StudyOptions, args, "noise_activations", __doc__)
   return run_command(lambda: run(options, name="noise_activations", build=build, arch="resnet44"))
 
 

@@ -45,9 +45,8 @@ from experiments.launch import relaunch_with_huge_pages
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-import tyro
-
 from experiments import cost
+from experiments.arguments import parse
 from experiments.common import run_command
 from experiments.noise_published import BATCH_SIZES, BY_BATCH, BY_SHARE
 from experiments.noise_student import DEAD_LEAVES, NOISES, Evaluation, Recipe, Space
@@ -289,7 +288,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.noise_distill", description=__doc__)
+  options = parse(Options, args, "noise_distill", __doc__)
   return run_command(lambda: run(options, name="noise_distill", build=build, arch="resnet20"))
 
 

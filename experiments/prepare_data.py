@@ -28,6 +28,7 @@ from tensorflow_datasets.core import hashing
 
 from experiments.archives import RECIPES, Recipe
 from experiments.archives.recipe import Opened, Records, Source
+from experiments.arguments import parse
 from experiments.common import run_command, say
 from kwjax.errors import DataError
 from kwjax.runtime.tfds_writer import DataSetInfo, SplitExamples, is_data_set, temporary_folder, write_tfds
@@ -179,7 +180,7 @@ def _in_order(split: str, records: Records) -> Iterator[dict[str, Any]]:
 def main(args: Sequence[str] | None = None) -> int:
   """Command line; returns the exit status."""
   description = f"{__doc__}\n{describe_sets()}"
-  options = tyro.cli(Options, args=args, prog="python -m experiments.prepare_data", description=description)
+  options = parse(Options, args, "prepare_data", description)
 
   def work() -> int:
     try:

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import published, results_store
+from experiments.arguments import parse
 from experiments.common import run_command, say
 from experiments.results_store import SECTIONS, Stored
 from experiments.tables import NOT_MEASURED, Results, Table, as_rows, cell_text, over_seeds
@@ -231,7 +232,7 @@ def _plain(text: str) -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the page; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.results_page", description=__doc__)
+  options = parse(Options, args, "results_page", __doc__)
   return run_command(lambda: run(options))
 
 

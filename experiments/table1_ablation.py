@@ -51,9 +51,8 @@ from experiments.launch import relaunch_with_huge_pages
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-import tyro
-
 from experiments import cost
+from experiments.arguments import parse
 from experiments.common import run_command, say
 from experiments.distilled import accuracy_cell, config_for, float_score, quantization_rules
 from experiments.sources import short_name
@@ -245,7 +244,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.table1_ablation", description=__doc__)
+  options = parse(Options, args, "table1_ablation", __doc__)
   return run_command(lambda: run(options, name="table1_ablation", build=build, arch="resnet44"))
 
 

@@ -55,9 +55,8 @@ from experiments.launch import relaunch_with_huge_pages
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-import tyro
-
 from experiments import quantization_table
+from experiments.arguments import parse
 from experiments.common import run_command
 from experiments.quantization_table import KD, Column, Options, Published
 from experiments.quantization_table import ROWS as ROWS
@@ -128,7 +127,7 @@ def about_paper(arch: str) -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.table2_cifar", description=__doc__)
+  options = parse(Options, args, "table2_cifar", __doc__)
   return run_command(lambda: run(options, name="table2_cifar", build=build, arch="resnet44"))
 
 

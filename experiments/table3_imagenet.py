@@ -57,9 +57,8 @@ from experiments.launch import relaunch_with_huge_pages
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-import tyro
-
 from experiments import quantization_table
+from experiments.arguments import parse
 from experiments.common import run_command
 from experiments.quantization_table import KD, Column, Options, Published
 from experiments.study import Setup, Study, run
@@ -149,7 +148,7 @@ def about_paper(arch: str) -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.table3_imagenet", description=__doc__)
+  options = parse(Options, args, "table3_imagenet", __doc__)
   return run_command(lambda: run(options, name="table3_imagenet", build=build, arch="resnet18", default=_DEFAULT))
 
 

@@ -58,9 +58,9 @@ if __name__ == "__main__":
   relaunch_with_huge_pages()
 
 import numpy as np
-import tyro
 
 from experiments import cost, memory
+from experiments.arguments import parse
 from experiments.common import run_command
 from experiments.detection import detection_cell
 from experiments.similarity_options import Options, pairs, subjects
@@ -214,7 +214,7 @@ def _published(found: Mapping[str, Subject], rows: Sequence[str]) -> dict[tuple[
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.table4_similarity", description=__doc__)
+  options = parse(Options, args, "table4_similarity", __doc__)
   return run_command(lambda: _run(options))
 
 

@@ -42,9 +42,9 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments import cost, sources, stages
+from experiments.arguments import parse
 from experiments.common import run_command
 from experiments.distilled import float_score
 from experiments.sources import Source, identity, short_name
@@ -211,7 +211,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(StudyOptions, args=args, prog="python -m experiments.table5_sigma", description=__doc__)
+  options = parse(StudyOptions, args, "table5_sigma", __doc__)
   return run_command(lambda: run(options, name="table5_sigma", build=build, arch="resnet44"))
 
 

@@ -35,9 +35,9 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from experiments import cost, stages
+from experiments.arguments import parse
 from experiments.common import run_command
 from experiments.distilled import accuracy_cell, float_score, quantization_rules
 from experiments.sources import short_name
@@ -190,7 +190,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.table6_objectives", description=__doc__)
+  options = parse(Options, args, "table6_objectives", __doc__)
   return run_command(lambda: run(options, name="table6_objectives", build=build, arch="resnet44"))
 
 

@@ -31,9 +31,9 @@ if __name__ == "__main__":
   relaunch_with_huge_pages()
 
 import numpy as np
-import tyro
 
 from experiments import cost, stages
+from experiments.arguments import parse
 from experiments.calibration import PAPER, Method, calibrated_copy, scored
 from experiments.common import run_command
 from experiments.distilled import float_score
@@ -193,7 +193,7 @@ _NATS_OF_ALL = dict.fromkeys(COLUMNS, _NATS)
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.table_calibration", description=__doc__)
+  options = parse(Options, args, "table_calibration", __doc__)
   return run_command(
     lambda: run(options, name="table_calibration", build=build, arch="resnet44", default="efficientnet_lite0")
   )

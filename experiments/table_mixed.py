@@ -36,9 +36,8 @@ from experiments.launch import relaunch_with_huge_pages
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-import tyro
-
 from experiments import cost, stages
+from experiments.arguments import parse
 from experiments.calibration import BEST, PAPER, Method, calibrated_copy, scored
 from experiments.common import run_command, say
 from experiments.distilled import float_score
@@ -234,7 +233,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.table_mixed", description=__doc__)
+  options = parse(Options, args, "table_mixed", __doc__)
   return run_command(
     lambda: run(options, name="table_mixed", build=build, arch="resnet44", default="efficientnet_lite0")
   )

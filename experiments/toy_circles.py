@@ -37,6 +37,7 @@ import numpy as np
 import tyro
 
 from experiments import stages
+from experiments.arguments import parse
 from experiments.common import run_command
 from experiments.options import Preset
 from experiments.stages import DISTILL_KEY, Site
@@ -255,7 +256,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = tyro.cli(Options, args=args, prog="python -m experiments.toy_circles", description=__doc__)
+  options = parse(Options, args, "toy_circles", __doc__)
   make = functools.partial(untrained, 0, 0)
   return run_command(lambda: run(options.of_study(), name="toy_circles", build=build, arch="", make=make))
 

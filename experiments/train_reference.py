@@ -28,8 +28,8 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
-import tyro
 
+from experiments.arguments import parse
 from experiments.common import Stages, in_workdir, run_command, say, start
 from experiments.options import Options
 from experiments.sources import digest, identity, short_name
@@ -213,7 +213,7 @@ def _finish(
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the experiment; returns the exit status."""
-  options = tyro.cli(TrainOptions, args=args, prog="python -m experiments.train_reference", description=__doc__)
+  options = parse(TrainOptions, args, "train_reference", __doc__)
   return run_command(lambda: run(options))
 
 
