@@ -65,9 +65,9 @@ def _standardized(x: Array, mean: Array, multiplier: Array) -> Array:
 def _standardized_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
   """The tangent dx m - dmean m + (x - mean) dm.
 
-  4 x - 4 mean is 4 (x - mean) to the last bit, but an array of its own to XLA: what it sums for the multiplier's gradient is
-  then made within the sum, where x - mean, which has other uses, would be written to memory first.
+  x + (-mean) is x - mean to the last bit, but an array of its own to XLA: what it sums for the multiplier's gradient is then
+  made within the sum, where x - mean, which has other uses, would be written to memory first.
   """
   (x, mean, multiplier), (dx, dmean, dmultiplier) = primals, tangents
   y = _standardized(x, mean, multiplier)
-  return y, dx * multiplier - dmean * multiplier + (4.0 * x - 4.0 * mean) * (0.25 * dmultiplier)
+  return y, dx * multiplier - dmean * multiplier + (x + -mean) * dmultiplier
