@@ -31,7 +31,7 @@ def has_wide_vectors() -> bool:
 def compiler_options() -> dict[str, int] | None:
   """Options of `jax.jit` for this processor: vectors as wide as it has, where XLA takes half; what `XLA_FLAGS` say goes first.
 
-  Loops over elements and depthwise convolutions gain, MobileNetV2's calibration and its step of sample optimization 6 to 8 %.
+  Loops over elements and depthwise convolutions gain, MobileNetV2's calibration and its step of sample optimization 3 to 8 %.
   """
   if not has_wide_vectors() or _VECTOR_WIDTH in os.environ.get("XLA_FLAGS", ""):
     return None

@@ -186,7 +186,7 @@ class DeviceGroup:
   def forward_size(self, batch_size: int, count: int, image_shape: Sequence[int]) -> int:
     """Images that are forwarded at a time: at most `batch_size`, no more than there are, a multiple of the devices, >= 1.
 
-    CPUs take fewer large ones than they are asked to, 8 of 224x224 a device: the activations of more come on new pages from the
+    CPUs take fewer large ones than they are asked to, 4 of 224x224 a device: the activations of more come on new pages from the
     system each time.
 
     Args:
