@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from kwjax.models.cpu import has_wide_vectors
+from kwjax.cpu import has_wide_vectors
 from kwjax.models.windows import image_parts, pad_images, sum_over_parts
 
 _TILE, _INPUTS = 4, 6

@@ -13,8 +13,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kwjax import intercept
+from kwjax.cpu import computed_once
 from kwjax.errors import DataError, KwjaxError, NonFiniteError
-from kwjax.models.cpu import computed_once
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.forwarding import forward_batches
 from kwjax.quantization.histograms import Histogram, merge, observe_histograms

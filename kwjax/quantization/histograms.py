@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kwjax import intercept
+from kwjax.cpu import computed_once
 from kwjax.errors import KwjaxError
-from kwjax.models.cpu import computed_once
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.forwarding import forward_batches
 from kwjax.quantization.ranges import Interval, RangeTable

@@ -25,8 +25,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kwjax.cpu import compiler_options
 from kwjax.errors import KwjaxError
-from kwjax.models.cpu import compiler_options
 
 AXIS = "devices"
 _CPU_PIXELS = 4 * 224 * 224  # of all images that one CPU device forwards at a time

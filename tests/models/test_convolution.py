@@ -13,7 +13,8 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from kwjax.models import cpu, products, shifts, winograd
+from kwjax import cpu
+from kwjax.models import products, shifts, winograd
 from kwjax.models.convolution import conv_general_dilated
 from kwjax.models.windows import Window, image_parts
 

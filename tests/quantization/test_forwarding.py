@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kwjax.cpu import computed_once
 from kwjax.errors import Interrupted
-from kwjax.models.cpu import computed_once
 from kwjax.models.mobilenet import InvertedResidual
 from kwjax.quantization import forwarding
 from kwjax.quantization.calibrate import recording_extremes

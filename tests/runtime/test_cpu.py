@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kwjax.models import cpu
+from kwjax import cpu
 from kwjax.runtime.parallel import DeviceGroup
 
 _FLAG = "xla_cpu_prefer_vector_width"
