@@ -24,6 +24,7 @@ from kwjax.quantization.rules import QuantRules
 from kwjax.quantization.weight_ranges import WeightClips, weight_clips
 from kwjax.quantization.wrap import quantize_weights
 from kwjax.runtime import processes
+from kwjax.runtime.packing import Packed, pack_rows
 from kwjax.runtime.parallel import DeviceGroup, device_group
 
 Augment = Callable[[Array, Array], Array]
@@ -57,13 +58,13 @@ def recording_extremes(apply: ApplyFn, network: Network) -> ApplyFn:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_extremes(group: DeviceGroup, rules: QuantRules | None) -> Callable[..., dict[str, Interval]]:
+def _compiled_extremes(group: DeviceGroup, rules: QuantRules | None) -> Callable[..., Packed]:
   return group.compile(functools.partial(_extremes, rules=rules))
 
 
 def _extremes(
   placed: tuple[Network, WeightClips], images: Array, rules: QuantRules | None, axis_name: str | None
-) -> dict[str, Interval]:
+) -> Packed:
   network, clips = placed
   apply = network.forward if rules is None else quantize_weights(network.forward, network, rules, clips)
   _, mutated = recording_extremes(apply, network)(network.variables, images)
@@ -72,7 +73,7 @@ def _extremes(
     lo, hi = (jnp.stack(ends) for ends in zip(*calls, strict=True))
     # nn.scan stacks layers in front of the samples.
     found[layer] = Interval(jnp.moveaxis(lo.min(0), -1, 0), jnp.moveaxis(hi.max(0), -1, 0))
-  return found
+  return pack_rows(found)
 
 
 def check_images(network: Network, images: Any) -> None:
@@ -130,7 +131,7 @@ def observe_ranges(
   """
   check_images(network, images)
   group = device_group(devices).local
-  placed = group.replicate((network, {} if rules is None else weight_clips(network, rules)))
+  placed = group.replicate_constants((network, {} if rules is None else weight_clips(network, rules)))
   batches = forward_batches(
     _compiled_extremes(group, rules),
     placed,
@@ -141,14 +142,13 @@ def observe_ranges(
     progress=progress,
     should_stop=should_stop,
   )
-  parts = [{name: tuple(end[valid] for end in ends) for name, ends in found.items()} for found, valid in batches]
+  parts = [jax.tree.map(lambda rows, valid=valid: rows[valid], found) for found, valid in batches]
+  joined = jax.tree.map(lambda *rows: processes.gather(np.concatenate(rows)), *parts).unpack()
   names = [layer.name for layer in intercept.matmul_layers(network)]
-  joined = {name: [np.concatenate(ends) for ends in zip(*(p[name] for p in parts), strict=True)] for name in names}
-  joined = {name: [processes.gather(end) for end in ends] for name, ends in joined.items()}
   for name in names:
     if not all(np.isfinite(end).all() for end in joined[name]):
       raise NonFiniteError(f"the input of layer {name} of {network.name} is NaN or infinite for some calibration image")
-  return RangeTable({name: (lo, hi) for name, (lo, hi) in joined.items()})
+  return RangeTable({name: joined[name] for name in names})
 
 
 def draws(key: Array, *, steps: int, batch_size: int, count: int) -> np.ndarray:

@@ -15,7 +15,6 @@ Adam is invariant to the scale of a gradient and hides the mistake; tests compar
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kwjax.cpu import compiler_options
 from kwjax.errors import KwjaxError
+from kwjax.runtime.packing import pack_constants, unpacked
 
 AXIS = "devices"
 _CPU_PIXELS = 4 * 224 * 224  # of all images that one CPU device forwards at a time
@@ -167,7 +167,10 @@ class DeviceGroup:
       step: pure function; all outputs are per device (a replicated one is equal on each).
       donate: positions of arguments whose buffers the outputs may reuse.
     """
-    mapped = functools.partial(step, axis_name=self.axis_name)
+
+    def mapped(*args: Any) -> Any:
+      return step(*unpacked(args), axis_name=self.axis_name)
+
     options = compiler_options() if self.devices[0].platform == "cpu" else None
     if self.size == 1:
       return jax.jit(mapped, donate_argnums=tuple(donate), compiler_options=options)
@@ -245,6 +248,10 @@ class DeviceGroup:
       return jax.device_put(tree, self.devices[0])
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, self._joined([[leaf[None] for leaf in leaves]] * len(self._own)))
+
+  def replicate_constants(self, tree: PyTree) -> PyTree:
+    """As `replicate`, for what steps only read, a network: on CPUs packed, see `pack_constants`; compiled steps unpack it."""
+    return self.replicate(pack_constants(tree) if self.devices[0].platform == "cpu" else tree)
 
   def unshard(self, tree: PyTree) -> PyTree:
     """Undo `place`: [D, b / D, ...] -> [rows, ...] on the host, this process's rows."""

@@ -1,0 +1,102 @@
+"""Many small arrays as few: what a transfer, a call or a result costs an array, a network of hundreds pays once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+_SMALL = 32 * 1024  # bytes of an array whose copy inside a program costs nothing beside the rest
+
+
+class _Slot(NamedTuple):
+  """Where a leaf lies: in which of the arrays, from which element on, and its shape behind the leading axes."""
+
+  array: int
+  start: int | None  # None: it is that array
+  shape: tuple[int, ...]
+
+
+@jax.tree_util.register_pytree_node_class
+class Packed:
+  """A pytree some of whose leaves lie one after the other in one array a type; itself a pytree, of those arrays.
+
+  Axes may be added in front of its arrays or taken away, a leading one of devices for example: `unpack` counts from behind.
+  """
+
+  def __init__(self, arrays: list[Any], structure: Hashable, slots: tuple[_Slot, ...]) -> None:
+    self.arrays, self._structure, self._slots = arrays, structure, slots
+
+  def tree_flatten(self) -> tuple[list[Any], tuple[Hashable, tuple[_Slot, ...]]]:
+    """Children: the arrays."""
+    return self.arrays, (self._structure, self._slots)
+
+  @classmethod
+  def tree_unflatten(cls, static: tuple[Hashable, tuple[_Slot, ...]], arrays: Any) -> Self:
+    """Rebuild without a look at the arrays: JAX also unflattens with placeholders."""
+    return cls(list(arrays), *static)
+
+  def unpack(self) -> PyTree:
+    """The pytree: views of NumPy arrays, slices of others."""
+    return jax.tree.unflatten(self._structure, [self._leaf(slot) for slot in self._slots])
+
+  def _leaf(self, slot: _Slot) -> Any:
+    array = self.arrays[slot.array]
+    if slot.start is None:
+      return array
+    part = array[..., slot.start : slot.start + math.prod(slot.shape)]
+    return part.reshape((*part.shape[:-1], *slot.shape))
+
+
+def pack_rows(tree: PyTree) -> Packed:
+  """All leaves [b, ...] of a pytree in one array [b, k] a type; inside a program as well as on the host."""
+  leaves, structure = jax.tree.flatten(tree)
+  return _pack(leaves, structure, list(range(len(leaves))), 1)
+
+
+def pack_constants(tree: PyTree) -> Packed:
+  """The small ones of a pytree's arrays on the host in one array a type; leaves of other kinds stay what they are.
+
+  Of MobileNetV2's 262 arrays 236 hold the 0.6 MB of its BatchNorm layers: copies of all to two devices take 13 ms, packed 1.4.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  return _pack(leaves, structure, [i for i, leaf in enumerate(leaves) if _is_small(leaf)], 0)
+
+
+def unpacked(tree: PyTree) -> PyTree:
+  """A pytree with every `Packed` in it replaced by what it holds."""
+  return jax.tree.map(lambda node: node.unpack() if _is_packed(node) else node, tree, is_leaf=_is_packed)
+
+
+def _pack(leaves: list[Any], structure: Any, chosen: list[int], lead: int) -> Packed:
+  """The chosen leaves one after the other behind `lead` axes, after all others as they are."""
+  others = sorted(set(range(len(leaves))) - set(chosen))
+  slots = {i: _Slot(n, None, ()) for n, i in enumerate(others)}
+  arrays = [leaves[i] for i in others]
+  pools: dict[Any, list[int]] = {}
+  for i in chosen:
+    pools.setdefault(leaves[i].dtype, []).append(i)
+  for pool in pools.values():
+    start = 0
+    for i in pool:
+      shape = leaves[i].shape[lead:]
+      slots[i] = _Slot(len(arrays), start, shape)
+      start += math.prod(shape)
+    rows = [leaves[i].reshape((*leaves[i].shape[:lead], math.prod(leaves[i].shape[lead:]))) for i in pool]
+    joined = np.concatenate if all(isinstance(row, np.ndarray) for row in rows) else jnp.concatenate
+    arrays.append(joined(rows, axis=lead))
+  return Packed(arrays, structure, tuple(slots[i] for i in range(len(leaves))))
+
+
+def _is_small(leaf: Any) -> bool:
+  return isinstance(leaf, np.ndarray) and leaf.nbytes <= _SMALL
+
+
+def _is_packed(node: Any) -> bool:
+  return isinstance(node, Packed)
