@@ -183,7 +183,7 @@ def observe_histograms(
   total: dict[str, np.ndarray] = {}
   for found, valid in forward_batches(
     _compiled_counts(group, rules, bins),
-    group.replicate((network, clips, edges)),
+    group.replicate_constants((network, clips, edges)),
     images,
     group,
     batch_size=batch_size,

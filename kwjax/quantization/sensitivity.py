@@ -94,7 +94,7 @@ def measure_sensitivity(
   forward = _compiled_logits(group, tuple(layers))
 
   def logits(variables: Variables, grids: Mapping[str, Any]) -> np.ndarray:
-    placed = group.replicate((network.replace(variables=variables), grids))
+    placed = group.replicate_constants((network.replace(variables=variables), grids))
     return np.concatenate([group.unshard(forward(placed, group.shard(batch))) for batch in batches])
 
   expected = jax.nn.log_softmax(logits(network.variables, off))

@@ -212,7 +212,7 @@ def predict(
   size = group.forward_size(
     batch_size, len(own), images.image_shape if isinstance(images, ImageData) else images.shape[1:]
   )
-  placed, forward = group.replicate(network), _compiled_forward(group)
+  placed, forward = group.replicate_constants(network), _compiled_forward(group)
   parts: list[np.ndarray] = []
   bad, stopped = 0, False
   # A process without images still learns the number of classes from a batch of filling.
