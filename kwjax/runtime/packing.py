@@ -34,14 +34,16 @@ class Packed:
   def __init__(self, arrays: list[Any], structure: Hashable, slots: tuple[_Slot, ...]) -> None:
     self.arrays, self._structure, self._slots = arrays, structure, slots
 
-  def tree_flatten(self) -> tuple[list[Any], tuple[Hashable, tuple[_Slot, ...]]]:
+  def tree_flatten(self) -> tuple[list[Any], tuple[int, Hashable, tuple[_Slot, ...]]]:
     """Children: the arrays."""
-    return self.arrays, (self._structure, self._slots)
+    # To jaxlib 0.10 the structures of two dataclasses with alike fields are equal, which would make one program of two networks;
+    # their hashes differ.
+    return self.arrays, (hash(self._structure), self._structure, self._slots)
 
   @classmethod
-  def tree_unflatten(cls, static: tuple[Hashable, tuple[_Slot, ...]], arrays: Any) -> Self:
+  def tree_unflatten(cls, static: tuple[int, Hashable, tuple[_Slot, ...]], arrays: Any) -> Self:
     """Rebuild without a look at the arrays: JAX also unflattens with placeholders."""
-    return cls(list(arrays), *static)
+    return cls(list(arrays), *static[1:])
 
   def unpack(self) -> PyTree:
     """The pytree: views of NumPy arrays, slices of others."""

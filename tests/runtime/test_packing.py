@@ -1,5 +1,7 @@
 """Packed pytrees: every leaf comes back as it was, and few arrays travel."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,3 +66,24 @@ def test_a_compiled_step_sees_what_was_packed(devices):
   found = group.unshard(group.compile(step)(placed, group.shard(x)))
   expected = tree["scale"][:4] * tree["kernel"][0, 0, 0, 0] + 5
   np.testing.assert_allclose(found, np.stack([expected, expected]), rtol=1e-6)
+
+
+def test_alike_dataclasses_do_not_share_a_program():
+  @jax.tree_util.register_dataclass
+  @dataclasses.dataclass(frozen=True)
+  class Plain:
+    weight: np.ndarray
+
+    def apply(self, x):
+      return x * self.weight
+
+  @jax.tree_util.register_dataclass
+  @dataclasses.dataclass(frozen=True)
+  class Negated(Plain):
+    def apply(self, x):
+      return -x * self.weight
+
+  group, x = device_group(1), np.ones(3, np.float32)
+  step = group.compile(lambda network, x, axis_name: network.apply(x))
+  found = [step(group.replicate_constants(kind(2 * x)), x) for kind in (Plain, Negated)]
+  np.testing.assert_array_equal(found, [[2, 2, 2], [-2, -2, -2]])
