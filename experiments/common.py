@@ -28,6 +28,7 @@ from kwjax.runtime.workdir import Shutdown, graceful_shutdown
 USAGE_ERROR = 2
 _TERMINATED = 128 + signal.SIGTERM
 _LARGE_BLOCK = 256 << 20  # bytes
+_HEAP = 64 << 20  # bytes of a heap, of which glibc makes every arena but the first
 _ARENAS = 4
 # A full or broken disk, a folder that may not be written: nothing that a traceback would help with.
 _SYSTEM_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -57,8 +58,10 @@ def keep_freed_memory() -> None:
     mallopt = ctypes.CDLL("libc.so.6").mallopt
   except (OSError, AttributeError):
     return  # another C library
-  m_trim_threshold, m_mmap_threshold, m_mmap_max, m_arena_max = -1, -3, -4, -8
+  m_trim_threshold, m_top_pad, m_mmap_threshold, m_mmap_max, m_arena_max = -1, -2, -3, -4, -8
   mallopt(m_trim_threshold, -1)
+  # The other arenas grow by heaps, and give an empty one back unless the heap before it lacks room for so much.
+  mallopt(m_top_pad, _HEAP)
   mallopt(m_arena_max, _ARENAS)
   gives_back = has_huge_pages() and mallopt(m_mmap_threshold, _LARGE_BLOCK) == 1
   mallopt(m_mmap_max, 65536 if gives_back else 0)

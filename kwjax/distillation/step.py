@@ -17,6 +17,7 @@ from kwjax.distillation.config import DistillConfig
 from kwjax.distillation.features import recorded_features, recording_features, resolve_stages
 from kwjax.distillation.losses import kl_divergence, stage_losses
 from kwjax.intercept import Forwardable
+from kwjax.models.convolution import fewer_products
 from kwjax.network import ApplyFn, Array, Variables
 from kwjax.runtime import parallel
 
@@ -140,7 +141,8 @@ def distill_loss(
   apply = track_statistics(student.forward, axis_name) if trains else observing(student.forward, record_moments=False)
   variables = {**student.variables, "params": params}
   forwarded = variables if weights is None or not trains else weigh(variables, weights)
-  logits, mutated = recording_features(apply, tuple(teacher_features))(forwarded, images)
+  with fewer_products():
+    logits, mutated = recording_features(apply, tuple(teacher_features))(forwarded, images)
   stages = stage_losses(recorded_features(mutated), teacher_features, weights=weights, reduction=config.iq_reduction)
   kl = kl_divergence(logits, teacher_logits, temperature=config.temperature, weights=weights)
   loss = config.kl_weight * kl + config.iq_weight * sum(stages.values(), jnp.float32(0.0))
@@ -183,7 +185,8 @@ def distill_step(
   stages = resolve_stages(state.student, teacher, config.stages) if config.iq_weight > 0.0 else ()
   observed = observing(teacher.forward, axis_name=axis_name, current=config.current, record_moments=False)
   teacher_variables = weigh(teacher.variables, weights) if config.current and weights is not None else teacher.variables
-  teacher_logits, recorded = jax.lax.stop_gradient(recording_features(observed, stages)(teacher_variables, batch))
+  with fewer_products():
+    teacher_logits, recorded = jax.lax.stop_gradient(recording_features(observed, stages)(teacher_variables, batch))
   features = recorded_features(recorded)
   teacher_features = {stage: features[stage] for stage in stages}
   seen = batch if axis_name is None else _once_known(teacher_logits, batch)

@@ -57,21 +57,24 @@ def _grouped(images: Array, kernel: Array, window: Window, precision: Any) -> Ar
   return y[:, :, :columns] if missing else y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def dense(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def dense(images: Array, kernel: Array, window: Window, precision: Any, fewer_products: bool = False) -> Array:
   """Dense convolution: images f32[b,h,w,c], kernel f32[kh,kw,c,d] -> f32[b,oh,ow,d]; reverse mode only.
 
-  With a precision other than None its gradient is never Winograd's, whose rounding errors are ten times larger.
+  Its gradient, and with `fewer_products` its value, is Winograd's where that pays, unless a precision other than None is
+  asked for: the rounding errors are ten times larger.
   """
   return lax.platform_dependent(
     images,
     kernel,
-    cpu=lambda x, k: _on_cpu(x, k, window, precision),
+    cpu=lambda x, k: _on_cpu(x, k, window, precision, fewer_products and precision is None),
     default=lambda x, k: native_convolution(x, k, window, precision),
   )
 
 
-def _on_cpu(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
+def _on_cpu(images: Array, kernel: Array, window: Window, precision: Any, fewer_products: bool) -> Array:
+  if fewer_products and set(window.stride) == {1} and winograd.is_worthwhile(images.shape, kernel.shape):
+    return winograd.convolve(images, kernel, window.padding)
   if products.is_worthwhile(images.shape, kernel.shape, window):
     return products.convolve(images, kernel, window, precision)
   if stem.is_worthwhile(kernel.shape, window):
@@ -79,19 +82,21 @@ def _on_cpu(images: Array, kernel: Array, window: Window, precision: Any) -> Arr
   return _grouped(images, kernel, window, precision)
 
 
-def _dense_forward(images: Array, kernel: Array, window: Window, precision: Any) -> tuple[Array, tuple[Array, Array]]:
-  return dense(images, kernel, window, precision), (images, kernel)
+def _dense_forward(
+  images: Array, kernel: Array, window: Window, precision: Any, fewer_products: bool
+) -> tuple[Array, tuple[Array, Array]]:
+  return dense(images, kernel, window, precision, fewer_products), (images, kernel)
 
 
 def _dense_backward(
-  window: Window, precision: Any, residuals: tuple[Array, Array], cotangent: Array
+  window: Window, precision: Any, fewer_products: bool, residuals: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
   images, kernel = residuals
   if set(window.stride) != {1}:
     return _strided_backward(images, kernel, window, precision, cotangent)
 
   def mirrored(k: Array, g: Array) -> Array:
-    return dense(g, jnp.swapaxes(k[::-1, ::-1], 2, 3), window.mirrored, precision)
+    return dense(g, jnp.swapaxes(k[::-1, ::-1], 2, 3), window.mirrored, precision, fewer_products)
 
   if precision is None and winograd.is_worthwhile(images.shape, kernel.shape):
     padding = window.mirrored.padding

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from kwjax import intercept
 from kwjax.cpu import computed_once
 from kwjax.errors import DataError, KwjaxError, NonFiniteError
+from kwjax.models.convolution import fewer_products
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.forwarding import forward_batches
 from kwjax.quantization.histograms import Histogram, merge, observe_histograms
@@ -67,7 +68,8 @@ def _extremes(
 ) -> Packed:
   network, clips = placed
   apply = network.forward if rules is None else quantize_weights(network.forward, network, rules, clips)
-  _, mutated = recording_extremes(apply, network)(network.variables, images)
+  with fewer_products():
+    _, mutated = recording_extremes(apply, network)(network.variables, images)
   found = {}
   for layer, calls in intercept.collect(mutated, _EXTREMES).items():
     lo, hi = (jnp.stack(ends) for ends in zip(*calls, strict=True))
@@ -91,7 +93,7 @@ def check_images(network: Network, images: Any) -> None:
     raise DataError("calibration needs at least one image, found none")
   if not jnp.issubdtype(images.dtype, jnp.floating):
     raise DataError(f"calibration needs float images in [0, 1], found {images.dtype} (divide 8 bit images by 255)")
-  finite = np.asarray(jnp.isfinite(images).all((1, 2, 3)))
+  finite = np.isfinite(np.asarray(images)).all((1, 2, 3))
   if not finite.all():
     raise DataError(
       f"image {int(np.argmin(finite))} of the calibration set holds NaN or infinity ({int((~finite).sum())} do)"

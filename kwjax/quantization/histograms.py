@@ -14,6 +14,7 @@ import numpy as np
 from kwjax import intercept
 from kwjax.cpu import computed_once
 from kwjax.errors import KwjaxError
+from kwjax.models.convolution import fewer_products
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.forwarding import forward_batches
 from kwjax.quantization.ranges import Interval, RangeTable
@@ -138,7 +139,9 @@ def _counts(
 ) -> dict[str, Array]:
   network, clips, edges = placed
   apply = network.forward if rules is None else quantize_weights(network.forward, network, rules, clips)
-  _, mutated = recording_histograms(apply, network, edges, bins)(network.variables, images)
+  # As the extremes were found, which are the edges.
+  with fewer_products():
+    _, mutated = recording_histograms(apply, network, edges, bins)(network.variables, images)
   # nn.scan stacks layers in front of the samples.
   found = intercept.collect(mutated, _COUNTS)
   return {layer: jnp.moveaxis(jnp.stack(calls).sum(0), -2, 0) for layer, calls in found.items()}

@@ -29,10 +29,11 @@ class Ranges(Mapping[str, Interval]):
   """
 
   def __init__(self, intervals: Mapping[str, tuple[Any, Any]]) -> None:
-    self._intervals = {
-      layer: Interval(jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32))
-      for layer, (lo, hi) in intervals.items()
-    }
+    self._intervals = {layer: Interval(self._array(lo), self._array(hi)) for layer, (lo, hi) in intervals.items()}
+
+  @staticmethod
+  def _array(end: Any) -> Any:
+    return jnp.asarray(end, jnp.float32)
 
   def __getitem__(self, layer: str) -> Interval:
     return self._intervals[layer]
@@ -93,7 +94,12 @@ class Ranges(Mapping[str, Interval]):
 
 @jax.tree_util.register_pytree_node_class
 class RangeTable(Ranges):
-  """Extremes of every layer's input for every image: f32[n] a layer, f32[n, repeats] for stacked layers."""
+  """Extremes of every layer's input for every image: f32[n] a layer, f32[n, repeats] for stacked layers; on the host."""
+
+  @staticmethod
+  def _array(end: Any) -> Any:
+    # What is drawn and averaged of them is NumPy's; a copy of hundreds to a device took as long as a batch.
+    return np.asarray(end, np.float32)
 
   @property
   def count(self) -> int:

@@ -29,7 +29,9 @@ from kwjax.errors import KwjaxError
 from kwjax.runtime.packing import pack_constants, unpacked
 
 AXIS = "devices"
-_CPU_PIXELS = 4 * 224 * 224  # of all images that one CPU device forwards at a time
+_CPU_PIXELS = (
+  2 * 224 * 224
+)  # of all images that one CPU device forwards at a time: what two devices hold fits the cache they share
 
 PyTree = Any
 LossFn = Callable[..., tuple[jax.Array, PyTree]]
@@ -189,8 +191,8 @@ class DeviceGroup:
   def forward_size(self, batch_size: int, count: int, image_shape: Sequence[int]) -> int:
     """Images that are forwarded at a time: at most `batch_size`, no more than there are, a multiple of the devices, >= 1.
 
-    CPUs take fewer large ones than they are asked to, 4 of 224x224 a device: the activations of more come on new pages from the
-    system each time.
+    CPUs take fewer large ones than they are asked to, 2 of 224x224 a device: the activations of more do not stay in the cache
+    that cores share, and those of many come on new pages from the system each time.
 
     Args:
       batch_size: most images over all devices.

@@ -20,6 +20,7 @@ from kwjax.batchnorm import (
   reference_moments,
   weigh,
 )
+from kwjax.models.convolution import fewer_products
 from kwjax.network import Array, Network
 from kwjax.runtime import parallel
 from kwjax.synthesis.augment import augment
@@ -118,7 +119,8 @@ def synthesis_loss(
   apply = observing(network.forward, record_moments=objective.needs_statistics)
   view_weights = None if weights is None else jnp.repeat(jnp.asarray(weights, jnp.float32), n)
   variables = network.variables if view_weights is None else weigh(network.variables, view_weights)
-  logits, mutated = apply(variables, views)
+  with fewer_products():
+    logits, mutated = apply(variables, views)
   measured = recorded_moments(mutated)
   if objective.include_input and objective.needs_statistics:
     measured[INPUT] = input_moments(views, network, weights=view_weights)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from kwjax import cpu
 from kwjax.models import products, shifts, winograd
-from kwjax.models.convolution import conv_general_dilated
+from kwjax.models.convolution import conv_general_dilated, fewer_products
 from kwjax.models.windows import Window, image_parts
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -276,11 +276,59 @@ def test_pointwise_convolution_never_transposes_the_cotangent(stride):
   assert f"f32[12,{120 // stride**2}]" not in ours.lower(images, kernel).compile().as_text()
 
 
-@pytest.mark.parametrize(
+_FEW_TILES = pytest.mark.parametrize(
   ("batch", "height", "width", "padding"), [(20, 8, 8, "SAME"), (8, 9, 14, ((1, 0), (2, 1))), (40, 4, 6, "VALID")]
 )
-def test_winograd_gradient_is_that_of_lax(monkeypatch, batch, height, width, padding):
-  monkeypatch.setattr(winograd, "has_wide_vectors", lambda: False)
+
+
+@_FEW_TILES
+def test_with_fewer_products_the_value_is_winograds_and_that_of_lax(batch, height, width, padding):
+  keys = jax.random.split(jax.random.key(5))
+  images, kernel = (
+    jax.random.normal(keys[0], (batch, height, width, 64)),
+    jax.random.normal(keys[1], (3, 3, 64, 80)) / 24,
+  )
+
+  def value(precision, x):
+    return conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=_LAYOUT, precision=precision)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def fewer(precision, x):
+    with fewer_products():
+      return value(precision, x)
+
+  exact = lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=_LAYOUT)
+  found = fewer(None, images)
+  assert found.shape == exact.shape
+  np.testing.assert_allclose(found, exact, atol=2e-5 * float(jnp.abs(exact).max()))
+  programs = {
+    "fewer": fewer.trace(None, images).lower(lowering_platforms=("cpu",)),
+    "on a GPU": fewer.trace(None, images).lower(lowering_platforms=("cuda",)),
+    "exact": fewer.lower("highest", images),
+    "afterwards": jax.jit(value, static_argnums=0).lower(None, images),
+  }
+  assert [name for name, program in programs.items() if "stablehlo.convolution" not in program.as_text()] == ["fewer"]
+
+
+def test_fewer_products_counts_where_a_network_is_traced_later():
+  # Under nn.scan and nn.remat the rule of differentiation is traced after the forward pass has returned.
+  images, kernel = jnp.ones((4, 8, 8, 32)), jnp.ones((3, 3, 32, 32)) / 288
+
+  @jax.jit
+  def gradient(x):
+    def loss(x):
+      with fewer_products():
+        convolve = functools.partial(conv_general_dilated, dimension_numbers=_LAYOUT)
+        y, _ = lax.scan(lambda y, k: (convolve(y, k, (1, 1), "SAME"), None), x, jnp.stack([kernel, kernel]))
+      return jnp.sum(jnp.sin(y))
+
+    return jax.grad(loss)(x)
+
+  assert "stablehlo.convolution" not in gradient.trace(images).lower(lowering_platforms=("cpu",)).as_text()
+
+
+@_FEW_TILES
+def test_winograd_gradient_is_that_of_lax(batch, height, width, padding):
   keys = jax.random.split(jax.random.key(2))
   images, kernel = (
     jax.random.normal(keys[0], (batch, height, width, 64)),
@@ -329,10 +377,12 @@ def test_winograd_kernel_gradient_is_that_of_lax(monkeypatch, cached, tall, heig
 
 
 @pytest.mark.parametrize(
-  ("images", "kernel", "expected"),  # (gradient to the images, to the kernel) with AVX2, and with AVX-512
+  # (value and gradient to the images, gradient to the kernel) with AVX2, and with AVX-512
+  ("images", "kernel", "expected"),
   [
-    ((64, 16, 16, 32), (3, 3, 32, 32), ((False, True), (False, True))),
-    ((64, 8, 8, 64), (3, 3, 64, 64), ((True, True), (False, True))),
+    ((64, 32, 32, 16), (3, 3, 16, 16), ((False, False), (False, False))),
+    ((64, 16, 16, 32), (3, 3, 32, 32), ((True, True), (True, True))),
+    ((64, 8, 8, 64), (3, 3, 64, 64), ((True, True), (True, True))),
     ((8, 56, 56, 64), (3, 3, 64, 64), ((True, True), (True, True))),
     ((8, 28, 28, 128), (3, 3, 128, 128), ((True, True), (True, True))),
     ((1, 7, 7, 512), (3, 3, 512, 512), ((False, True), (False, False))),
