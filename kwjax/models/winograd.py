@@ -2,8 +2,8 @@
 
 Four by four outputs are made from a tile of six by six inputs by 36 products a pair of channels, where the sum itself
 takes 144. The products are 36 matrix products over all tiles; what comes before and after are sums of slices, which XLA's
-CPU backend turns into vectorised loops. Rounding errors are about ten times those of the direct sum (3e-5 of the
-result's scale), so it serves gradients, never a network's output.
+CPU backend turns into vectorised loops. Rounding errors are about ten times those of the direct sum (1e-5 of the
+largest result), so it serves gradients and what is averaged over images, never a network's answer.
 
 Source: Lavin & Gray (2016), "Fast algorithms for convolutional neural networks", F(4x4, 3x3).
 """
