@@ -281,13 +281,15 @@ _FEW_TILES = pytest.mark.parametrize(
 )
 
 
+def wide_layer(batch, height, width):
+  """Images of 64 channels and a 3x3 kernel of 80 features."""
+  keys = jax.random.split(jax.random.key(2))
+  return jax.random.normal(keys[0], (batch, height, width, 64)), jax.random.normal(keys[1], (3, 3, 64, 80)) / 24
+
+
 @_FEW_TILES
 def test_with_fewer_products_the_value_is_winograds_and_that_of_lax(batch, height, width, padding):
-  keys = jax.random.split(jax.random.key(5))
-  images, kernel = (
-    jax.random.normal(keys[0], (batch, height, width, 64)),
-    jax.random.normal(keys[1], (3, 3, 64, 80)) / 24,
-  )
+  images, kernel = wide_layer(batch, height, width)
 
   def value(precision, x):
     return conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=_LAYOUT, precision=precision)
@@ -329,11 +331,7 @@ def test_fewer_products_counts_where_a_network_is_traced_later():
 
 @_FEW_TILES
 def test_winograd_gradient_is_that_of_lax(batch, height, width, padding):
-  keys = jax.random.split(jax.random.key(2))
-  images, kernel = (
-    jax.random.normal(keys[0], (batch, height, width, 64)),
-    jax.random.normal(keys[1], (3, 3, 64, 80)) / 24,
-  )
+  images, kernel = wide_layer(batch, height, width)
 
   def gradient(function, precision=None):
     def loss(x):
