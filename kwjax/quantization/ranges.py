@@ -98,7 +98,7 @@ class RangeTable(Ranges):
 
   @staticmethod
   def _array(end: Any) -> Any:
-    # What is drawn and averaged of them is NumPy's; a copy of hundreds to a device took as long as a batch.
+    # What is drawn and averaged of them is NumPy's; copies of a network's hundred to a device took 2.5 ms and served nobody.
     return np.asarray(end, np.float32)
 
   @property

@@ -81,7 +81,8 @@ def _pack(
   leaves: Sequence[Any], structure: Hashable, chosen: Sequence[int], lead: int, concatenate: Callable[..., Any]
 ) -> Packed:
   """The chosen leaves one after the other behind `lead` axes, after all others as they are."""
-  others = [i for i in range(len(leaves)) if i not in chosen]
+  packed = frozenset(chosen)
+  others = [i for i in range(len(leaves)) if i not in packed]
   slots = {i: _Slot(n, None, ()) for n, i in enumerate(others)}
   arrays = [leaves[i] for i in others]
   pools: dict[Any, list[int]] = {}

@@ -29,9 +29,7 @@ from kwjax.errors import KwjaxError
 from kwjax.runtime.packing import pack_constants, unpacked
 
 AXIS = "devices"
-_CPU_PIXELS = (
-  2 * 224 * 224
-)  # of all images that one CPU device forwards at a time: what two devices hold fits the cache they share
+_CPU_PIXELS = 2 * 224 * 224  # of all images that one CPU device forwards at a time, see `DeviceGroup.forward_size`
 
 PyTree = Any
 LossFn = Callable[..., tuple[jax.Array, PyTree]]
