@@ -19,6 +19,7 @@ from jax import Array, lax
 
 from kwjax.models.dense import dense, is_narrow
 from kwjax.models.depthwise import depthwise
+from kwjax.models.pointwise import pointwise
 from kwjax.models.windows import LAYOUT, Window
 
 _FEWER_PRODUCTS = contextvars.ContextVar("fewer_products", default=False)
@@ -89,12 +90,11 @@ def conv_general_dilated(
     lhs, rhs, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count
   ):
     down, right = window_strides
-    # A matrix product says the same and is what the libraries of every platform are best at, in both gradients too.
     seen = lhs if down == right == 1 else lhs[:, ::down, ::right]
     # As matrices: for the kernel's gradient of arrays XLA's CPU backend would first write the cotangent transposed.
     pixels = seen.reshape(-1, seen.shape[3])
-    product = lax.dot_general(pixels, rhs[0, 0], (((1,), (0,)), ((), ())), precision, preferred_element_type)
-    return product.reshape(*seen.shape[:3], -1)
+    images, kernel = _varying_alike(pixels, rhs[0, 0])
+    return pointwise(images, kernel, precision, preferred_element_type).reshape(*seen.shape[:3], -1)
   is_plain = lhs.ndim == 4 and feature_group_count == 1
   is_strided = set(window_strides) != {1}
   fast = (

@@ -17,7 +17,7 @@ from kwjax.cpu import computed_once
 from kwjax.errors import DataError, KwjaxError, NonFiniteError
 from kwjax.models.convolution import fewer_products
 from kwjax.network import ApplyFn, Array, Network, Variables
-from kwjax.quantization.forwarding import forward_batches
+from kwjax.runtime.forwarding import forward_batches, in_parts
 from kwjax.quantization.histograms import Histogram, merge, observe_histograms
 from kwjax.quantization.range_methods import histogram_ranges
 from kwjax.quantization.ranges import Interval, Ranges, RangeTable
@@ -60,22 +60,30 @@ def recording_extremes(apply: ApplyFn, network: Network) -> ApplyFn:
 
 @functools.lru_cache(maxsize=16)
 def _compiled_extremes(group: DeviceGroup, rules: QuantRules | None) -> Callable[..., Packed]:
-  return group.compile(functools.partial(_extremes, rules=rules))
+  return group.compile(functools.partial(_extremes, rules=rules, group=group))
 
 
 def _extremes(
-  placed: tuple[Network, WeightClips], images: Array, rules: QuantRules | None, axis_name: str | None
+  placed: tuple[Network, WeightClips],
+  images: Array,
+  rules: QuantRules | None,
+  group: DeviceGroup,
+  axis_name: str | None,
 ) -> Packed:
   network, clips = placed
   apply = network.forward if rules is None else quantize_weights(network.forward, network, rules, clips)
-  with fewer_products():
-    _, mutated = recording_extremes(apply, network)(network.variables, images)
-  found = {}
-  for layer, calls in intercept.collect(mutated, _EXTREMES).items():
-    lo, hi = (jnp.stack(ends) for ends in zip(*calls, strict=True))
-    # nn.scan stacks layers in front of the samples.
-    found[layer] = Interval(jnp.moveaxis(lo.min(0), -1, 0), jnp.moveaxis(hi.max(0), -1, 0))
-  return pack_rows(found)
+
+  def forward(part: Array) -> Packed:
+    with fewer_products():
+      _, mutated = recording_extremes(apply, network)(network.variables, part)
+    found = {}
+    for layer, calls in intercept.collect(mutated, _EXTREMES).items():
+      lo, hi = (jnp.stack(ends) for ends in zip(*calls, strict=True))
+      # nn.scan stacks layers in front of the samples.
+      found[layer] = Interval(jnp.moveaxis(lo.min(0), -1, 0), jnp.moveaxis(hi.max(0), -1, 0))
+    return pack_rows(found)
+
+  return in_parts(group, forward, images)
 
 
 def check_images(network: Network, images: Any) -> None:

@@ -16,7 +16,7 @@ from kwjax.cpu import computed_once
 from kwjax.errors import KwjaxError
 from kwjax.models.convolution import fewer_products
 from kwjax.network import ApplyFn, Array, Network, Variables
-from kwjax.quantization.forwarding import forward_batches
+from kwjax.runtime.forwarding import forward_batches, in_parts
 from kwjax.quantization.ranges import Interval, RangeTable
 from kwjax.quantization.rules import QuantRules
 from kwjax.quantization.weight_ranges import WeightClips, weight_clips
@@ -127,7 +127,7 @@ def recording_histograms(apply: ApplyFn, network: Network, edges: Mapping[str, I
 
 @functools.lru_cache(maxsize=16)
 def _compiled_counts(group: DeviceGroup, rules: QuantRules | None, bins: int) -> Callable[..., dict[str, Array]]:
-  return group.compile(functools.partial(_counts, rules=rules, bins=bins))
+  return group.compile(functools.partial(_counts, rules=rules, bins=bins, group=group))
 
 
 def _counts(
@@ -135,16 +135,21 @@ def _counts(
   images: Array,
   rules: QuantRules | None,
   bins: int,
+  group: DeviceGroup,
   axis_name: str | None,
 ) -> dict[str, Array]:
   network, clips, edges = placed
   apply = network.forward if rules is None else quantize_weights(network.forward, network, rules, clips)
-  # As the extremes were found, which are the edges.
-  with fewer_products():
-    _, mutated = recording_histograms(apply, network, edges, bins)(network.variables, images)
-  # nn.scan stacks layers in front of the samples.
-  found = intercept.collect(mutated, _COUNTS)
-  return {layer: jnp.moveaxis(jnp.stack(calls).sum(0), -2, 0) for layer, calls in found.items()}
+
+  def forward(part: Array) -> dict[str, Array]:
+    # As the extremes were found, which are the edges.
+    with fewer_products():
+      _, mutated = recording_histograms(apply, network, edges, bins)(network.variables, part)
+    # nn.scan stacks layers in front of the samples.
+    found = intercept.collect(mutated, _COUNTS)
+    return {layer: jnp.moveaxis(jnp.stack(calls).sum(0), -2, 0) for layer, calls in found.items()}
+
+  return in_parts(group, forward, images)
 
 
 def observe_histograms(

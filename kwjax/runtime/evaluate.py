@@ -15,6 +15,7 @@ import numpy as np
 from kwjax.errors import DataError, Interrupted, NonFiniteError
 from kwjax.runtime import processes
 from kwjax.runtime.data import ImageData, checked_labels, pad_batch
+from kwjax.runtime.forwarding import forward_size, in_parts
 from kwjax.runtime.parallel import DeviceGroup, device_group
 
 Devices = int | Sequence[jax.Device] | DeviceGroup | None
@@ -194,7 +195,7 @@ def predict(
   Args:
     network: what to forward.
     images: `ImageData`, or f32[n,h,w,c] in [0, 1].
-    batch_size: images a forward pass at most, see `DeviceGroup.forward_size`; the last batch is filled up.
+    batch_size: images a forward pass at most, see `kwjax.runtime.forwarding.forward_size`; the last batch is filled up.
     devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process).
     should_stop: asked between batches.
 
@@ -209,9 +210,8 @@ def predict(
   if not len(images) or batch_size < 1:
     raise DataError(f"expected at least one image and batch_size >= 1, got {len(images)} and {batch_size}")
   group, own = device_group(devices).local, processes.share(len(images))
-  size = group.forward_size(
-    batch_size, len(own), images.image_shape if isinstance(images, ImageData) else images.shape[1:]
-  )
+  image_shape = images.image_shape if isinstance(images, ImageData) else images.shape[1:]
+  size = forward_size(group, batch_size, len(own), image_shape)
   placed, forward = group.replicate_constants(network), _compiled_forward(group)
   parts: list[np.ndarray] = []
   bad, stopped = 0, False
@@ -303,6 +303,6 @@ def _total(rows: np.ndarray) -> list[float]:
 @functools.lru_cache(maxsize=16)
 def _compiled_forward(group: DeviceGroup) -> Callable[..., jax.Array]:
   def forward(network: Classifier, images: jax.Array, axis_name: str | None) -> jax.Array:
-    return network.apply(images)
+    return in_parts(group, network.apply, images)
 
   return group.compile(forward)

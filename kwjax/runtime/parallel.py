@@ -29,7 +29,6 @@ from kwjax.errors import KwjaxError
 from kwjax.runtime.packing import pack_constants, unpacked
 
 AXIS = "devices"
-_CPU_PIXELS = 2 * 224 * 224  # of all images that one CPU device forwards at a time, see `DeviceGroup.forward_size`
 
 PyTree = Any
 LossFn = Callable[..., tuple[jax.Array, PyTree]]
@@ -185,22 +184,6 @@ class DeviceGroup:
   def padded(self, size: int) -> int:
     """The least multiple of the number of devices that holds a batch of `size`."""
     return -(-size // self.size) * self.size
-
-  def forward_size(self, batch_size: int, count: int, image_shape: Sequence[int]) -> int:
-    """Images that are forwarded at a time: at most `batch_size`, no more than there are, a multiple of the devices, >= 1.
-
-    CPUs take fewer large ones than they are asked to, 2 of 224x224 a device: the activations of more do not stay in the cache
-    that cores share, and those of many come on new pages from the system each time.
-
-    Args:
-      batch_size: most images over all devices.
-      count: images there are, which may be 0.
-      image_shape: (h, w, c).
-    """
-    fitting = batch_size
-    if self.devices[0].platform == "cpu":
-      fitting = max(_CPU_PIXELS // (image_shape[0] * image_shape[1]), 1) * self.size
-    return self.padded(max(min(batch_size, fitting, count), 1))
 
   def rows(self, size: int) -> range:
     """Which rows of a batch of `size`, padded to a multiple of the number of devices, this process holds."""

@@ -11,9 +11,8 @@ import pytest
 from kwjax.cpu import computed_once
 from kwjax.errors import Interrupted
 from kwjax.models.mobilenet import InvertedResidual
-from kwjax.quantization import forwarding
+from kwjax.runtime import forwarding
 from kwjax.quantization.calibrate import recording_extremes
-from kwjax.runtime import parallel
 from kwjax.runtime.parallel import device_group
 from tests.networks import random_network
 
