@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from kwjax.errors import KwjaxError
 from kwjax.modules import leaves_behind
-from kwjax.network import ApplyFn, Array, FrozenInfo, Network, Variables
+from kwjax.network import ApplyFn, Array, Network, Variables
 
 _COLLECTION = "batch_stats"
 _RECORD = "kwjax_out"
@@ -211,18 +211,17 @@ def kind_of(module: nn.Module) -> str:
 
 def layers(network: Network) -> tuple[Layer, ...]:
   """Every module of a network in execution order, found by tracing one image without computing anything."""
-  structure = jax.tree.map(lambda leaf: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name), dict(network.variables))
-  return _trace_layers(network.tree_flatten()[1], FrozenInfo({"variables": structure}))
-
-
-def _is_shape(value: Any) -> bool:
-  return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str)
+  leaves, structure = jax.tree.flatten(dict(network.variables))
+  shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+  return _trace_layers(network.tree_flatten()[1], structure, shapes)
 
 
 @functools.lru_cache(maxsize=64)
-def _trace_layers(static: tuple, structure: FrozenInfo) -> tuple[Layer, ...]:
+def _trace_layers(
+  static: tuple, structure: Hashable, shapes: tuple[tuple[tuple[int, ...], Any], ...]
+) -> tuple[Layer, ...]:
   network = Network.tree_unflatten(static, ({},))
-  variables = jax.tree.map(lambda s: jax.ShapeDtypeStruct(*s), structure["variables"], is_leaf=_is_shape)
+  variables = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*s) for s in shapes])
   found: dict[str, Layer] = {}
 
   def note(module: nn.Module, x: Any, proceed: Callable[[Any], Any]) -> Any:

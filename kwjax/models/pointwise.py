@@ -20,7 +20,7 @@ _FEW_CHANNELS = 32  # registers of a processor with AVX-512
 
 
 def pointwise(pixels: Array, kernel: Array, precision: Any, preferred_element_type: Any) -> Array:
-  """pixels [n,c], kernel [c,d] -> [n,d]: y_nd = sum_c x_nc k_cd; of few channels, float32, defined in reverse mode only."""
+  """Pixels [n,c], kernel [c,d] -> [n,d]: y_nd = sum_c x_nc k_cd; of few channels, float32, defined in reverse mode only."""
   is_plain = pixels.dtype == kernel.dtype == jnp.float32 and preferred_element_type is None
   if is_plain and kernel.shape[0] <= _FEW_CHANNELS and has_wide_vectors():
     return _narrow(pixels, kernel, precision)
@@ -41,9 +41,7 @@ def _sum_over_channels(pixels: Array, kernel: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _narrow(pixels: Array, kernel: Array, precision: Any) -> Array:
-  return lax.platform_dependent(
-    pixels, kernel, cpu=_sum_over_channels, default=lambda x, k: _product(x, k, precision)
-  )
+  return lax.platform_dependent(pixels, kernel, cpu=_sum_over_channels, default=lambda x, k: _product(x, k, precision))
 
 
 def _narrow_forward(pixels: Array, kernel: Array, precision: Any) -> tuple[Array, tuple[Array, Array]]:

@@ -17,7 +17,6 @@ from kwjax.cpu import computed_once
 from kwjax.errors import DataError, KwjaxError, NonFiniteError
 from kwjax.models.convolution import fewer_products
 from kwjax.network import ApplyFn, Array, Network, Variables
-from kwjax.runtime.forwarding import forward_batches, in_parts
 from kwjax.quantization.histograms import Histogram, merge, observe_histograms
 from kwjax.quantization.range_methods import histogram_ranges
 from kwjax.quantization.ranges import Interval, Ranges, RangeTable
@@ -25,6 +24,7 @@ from kwjax.quantization.rules import QuantRules
 from kwjax.quantization.weight_ranges import WeightClips, weight_clips
 from kwjax.quantization.wrap import quantize_weights
 from kwjax.runtime import processes
+from kwjax.runtime.forwarding import forward_batches, in_parts
 from kwjax.runtime.packing import Packed, pack_rows
 from kwjax.runtime.parallel import DeviceGroup, device_group
 

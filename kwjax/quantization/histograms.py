@@ -16,12 +16,12 @@ from kwjax.cpu import computed_once
 from kwjax.errors import KwjaxError
 from kwjax.models.convolution import fewer_products
 from kwjax.network import ApplyFn, Array, Network, Variables
-from kwjax.runtime.forwarding import forward_batches, in_parts
 from kwjax.quantization.ranges import Interval, RangeTable
 from kwjax.quantization.rules import QuantRules
 from kwjax.quantization.weight_ranges import WeightClips, weight_clips
 from kwjax.quantization.wrap import quantize_weights
 from kwjax.runtime import processes
+from kwjax.runtime.forwarding import forward_batches, in_parts
 from kwjax.runtime.parallel import DeviceGroup, device_group
 
 BINS = 2048

@@ -20,9 +20,8 @@ from kwjax.runtime import processes
 from kwjax.runtime.data import pad_batch
 from kwjax.runtime.parallel import DeviceGroup
 
-
 _PART_PIXELS = 2 * 224 * 224  # of all images in a part, on one device
-_PARTS = 8  # in a batch at most: beyond, nothing is gained, and a stop waits for the whole of it
+_PARTS = 16  # in a batch at most: beyond, nothing is gained, and a stop waits for the whole of it
 
 
 def part_size(group: DeviceGroup, image_shape: Sequence[int]) -> int | None:
@@ -33,13 +32,13 @@ def part_size(group: DeviceGroup, image_shape: Sequence[int]) -> int | None:
 
 
 def forward_size(group: DeviceGroup, batch_size: int, count: int, image_shape: Sequence[int]) -> int:
-  """Images in a batch over all devices: at most `batch_size`, no more than there are, a multiple of the devices, >= 1.
+  """Images in a batch over all devices: at most `batch_size` and as many as there are, a multiple of the devices, >= 1.
 
-  CPUs take 5 to 8 parts of large images a device where there are as many, by how many fill the last batch best.
+  CPUs take whole parts of large images, 9 to 16 a device where there are as many, by how many fill the last batch best.
 
   Args:
     group: the devices.
-    batch_size: most images over all devices.
+    batch_size: most images over all devices; rounded up to a multiple of them.
     count: images there are, which may be 0.
     image_shape: (h, w, c).
   """
@@ -48,7 +47,7 @@ def forward_size(group: DeviceGroup, batch_size: int, count: int, image_shape: S
   if part is None or most <= part * group.size:
     return group.padded(most)
   wave = part * group.size
-  waves = min(most // wave, _PARTS)
+  waves = min(batch_size // wave, -(-count // wave), _PARTS)
   # The last batch is filled up, and of batches of almost the same size some leave less to fill.
   return wave * min(range(waves, waves // 2, -1), key=lambda n: n * -(-count // (n * wave)))
 

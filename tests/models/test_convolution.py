@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from kwjax import cpu
-from kwjax.models import products, shifts, winograd
+from kwjax.models import pointwise, products, shifts, winograd
 from kwjax.models.convolution import conv_general_dilated, fewer_products
 from kwjax.models.windows import Window, image_parts
 
@@ -260,6 +260,43 @@ def test_kernel_gradient_of_a_strided_convolution_is_a_product_on_cpus_alone():
   np.testing.assert_allclose(ours(kernel), gradient(lax.conv_general_dilated, kernel), rtol=1e-4, atol=1e-4)
   lowered = {name: ours.trace(kernel).lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda")}
   assert {name: text.count("stablehlo.convolution") for name, text in lowered.items()} == {"cpu": 1, "cuda": 2}
+
+
+@pytest.mark.parametrize("wide_vectors", [True, False])
+@pytest.mark.parametrize(("channels", "features"), [(1, 5), (2, 1), (24, 40), (32, 7), (33, 7)])
+def test_pointwise_convolution_of_few_channels_is_that_of_lax(monkeypatch, wide_vectors, channels, features):
+  monkeypatch.setattr(pointwise, "has_wide_vectors", lambda: wide_vectors)
+  keys = jax.random.split(jax.random.key(5))
+  images = jax.random.normal(keys[0], (2, 6, 5, channels))
+  kernel = jax.random.normal(keys[1], (1, 1, channels, features))
+
+  def value(function, x, k):
+    return function(x, k, (2, 1), "VALID", dimension_numbers=_LAYOUT)
+
+  def slope(function, x, k):
+    # Of a gradient, so that the derivative of the derivative is there too.
+    def loss(x, k):
+      return jnp.sum(jnp.sin(value(function, x, k)))
+
+    return jax.grad(lambda x, k: sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(x, k)), (0, 1))(x, k)
+
+  ours = jax.jit(functools.partial(value, conv_general_dilated))
+  np.testing.assert_allclose(
+    ours(images, kernel), value(lax.conv_general_dilated, images, kernel), rtol=1e-5, atol=1e-5
+  )
+  found = jax.jit(functools.partial(slope, conv_general_dilated))(images, kernel)
+  for a, b in zip(found, slope(lax.conv_general_dilated, images, kernel), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max()))
+  lowered = {name: ours.trace(images, kernel).lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda")}
+  is_loop = wide_vectors and channels <= 32
+  assert {name: "dot_general" in text for name, text in lowered.items()} == {"cpu": not is_loop, "cuda": True}
+
+
+def test_pointwise_convolution_of_half_floats_is_a_product():
+  images, kernel = jnp.ones((1, 2, 2, 8), jnp.bfloat16), jnp.ones((1, 1, 8, 4), jnp.bfloat16)
+  ours = jax.jit(lambda x, k: conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=_LAYOUT))
+  assert ours(images, kernel).dtype == jnp.bfloat16
+  assert "dot_general" in ours.lower(images, kernel).as_text()
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kwjax.errors import DataError, Interrupted, NonFiniteError
-from kwjax.runtime import parallel
+from kwjax.runtime import forwarding
 from kwjax.runtime.data import array_data
 from kwjax.runtime.evaluate import Accuracy, agreement, evaluate, predict, score, wilson_interval
 
@@ -170,13 +170,15 @@ def test_it_stops_between_batches() -> None:
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["array", "ImageData"])
-def test_large_images_are_forwarded_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:
+def test_large_images_are_forwarded_in_whole_parts(monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:
   network, images = _linear(), _images()
   expected = predict(network, images)
-  monkeypatch.setattr(parallel, "_CPU_PIXELS", 2 * 2 * 4)
+  monkeypatch.setattr(forwarding, "_PART_PIXELS", 2 * 2 * 4)
   asked: list[bool] = []
-  found = predict(network, array_data(images) if stored else images, should_stop=lambda: bool(asked.append(True)))
-  assert len(asked) == 6  # 23 images, 4 at a time
+  found = predict(
+    network, array_data(images) if stored else images, batch_size=13, should_stop=lambda: bool(asked.append(True))
+  )
+  assert len(asked) == 2  # 23 images, 3 parts of 4 at a time
   np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

@@ -1,6 +1,7 @@
 """How a set of images is forwarded: in what pieces, in what order, and what is computed of a layer's input."""
 
 import re
+import types
 
 import flax.linen as nn
 import jax
@@ -10,10 +11,14 @@ import pytest
 
 from kwjax.cpu import computed_once
 from kwjax.errors import Interrupted
+from kwjax.models import pointwise
 from kwjax.models.mobilenet import InvertedResidual
-from kwjax.runtime import forwarding
+from kwjax.quantization import observe_ranges
 from kwjax.quantization.calibrate import recording_extremes
-from kwjax.runtime.parallel import device_group
+from kwjax.quantization.histograms import observe_histograms
+from kwjax.runtime import forwarding
+from kwjax.runtime.evaluate import predict
+from kwjax.runtime.parallel import DeviceGroup, device_group
 from tests.networks import random_network
 
 
@@ -32,13 +37,83 @@ def forward_all(images: np.ndarray, seen: list[str], **options) -> np.ndarray:
   return np.concatenate(parts)
 
 
-def test_cpus_take_no_more_pixels_at_a_time_than_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-  images = np.arange(7 * 4 * 5 * 1, dtype=np.float32).reshape(7, 4, 5, 1)
-  for pixels, batch_size, size in ((60, 64, 3), (79, 64, 3), (80, 64, 4), (1, 64, 1), (1000, 2, 2), (1000, 64, 7)):
-    monkeypatch.setattr(parallel, "_CPU_PIXELS", pixels)
-    seen: list[str] = []
-    np.testing.assert_array_equal(forward_all(images, seen, batch_size=batch_size), 2 * images)
-    assert {step for step in seen if step.startswith("forward")} == {f"forward {size}"}
+@pytest.mark.parametrize(
+  ("devices", "batch_size", "count", "size"),
+  [
+    # 4 images a part: as many parts as there are images for, whole ones unless a single one is too much already.
+    (1, 64, 8, 8),
+    (1, 64, 7, 8),
+    (1, 6, 8, 4),
+    (1, 3, 7, 3),
+    (1, 64, 2, 2),
+    (1, 64, 0, 1),
+    (4, 64, 160, 64),
+    (4, 5, 99, 8),
+    (4, 64, 0, 4),
+    # At most 4 parts, and of 3 and 4 those that fill the last batch best.
+    (1, 64, 32, 16),
+    (1, 64, 23, 12),
+    (1, 64, 100, 12),
+  ],
+)
+def test_batches_on_cpus_are_of_parts_that_the_cache_holds(
+  monkeypatch: pytest.MonkeyPatch, devices: int, batch_size: int, count: int, size: int
+) -> None:
+  monkeypatch.setattr(forwarding, "_PART_PIXELS", 99)
+  monkeypatch.setattr(forwarding, "_PARTS", 4)
+  group = device_group(devices)
+  assert forwarding.forward_size(group, batch_size, count, (4, 6, 3)) == size
+  assert forwarding.forward_size(group, 1, 1, (400, 600, 3)) == devices
+
+
+def test_accelerators_take_batches_whole() -> None:
+  group = DeviceGroup((types.SimpleNamespace(platform="gpu", process_index=0),) * 2)
+  assert forwarding.forward_size(group, 1000, 999, (400, 600, 3)) == 1000
+  images = jnp.ones((6, 400, 600, 3))
+  assert forwarding.in_parts(group, lambda x: x, images) is images
+
+
+@pytest.mark.parametrize(("count", "size"), [(3, 3), (4, 4), (8, 4), (6, 3), (7, 1), (10, 2)])
+def test_parts_of_a_batch_give_the_rows_of_the_whole(monkeypatch: pytest.MonkeyPatch, count: int, size: int) -> None:
+  monkeypatch.setattr(forwarding, "_PART_PIXELS", 4 * 20)
+  images = np.random.default_rng(0).normal(size=(count, 4, 5, 2)).astype(np.float32)
+  seen: list[int] = []
+
+  def forward(part: jax.Array) -> dict[str, jax.Array]:
+    seen.append(part.shape[0])
+    return {"mean": part.mean((1, 2, 3)), "twice": 2 * part}
+
+  found = jax.jit(lambda x: forwarding.in_parts(device_group(1), forward, x))(images)
+  assert set(seen) == {size}
+  np.testing.assert_allclose(found["mean"], images.mean((1, 2, 3)), atol=1e-6)
+  np.testing.assert_array_equal(found["twice"], 2 * images)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_is_observed_does_not_depend_on_the_parts(monkeypatch: pytest.MonkeyPatch, devices: int) -> None:
+  class Observed(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+      x = InvertedResidual(8, 1, 6, name="first")(x)
+      return nn.Dense(3, name="last")(x.mean((1, 2)))
+
+  network = random_network(Observed(), image_shape=(8, 8, 8))
+  images = np.random.default_rng(0).random((13, 8, 8, 8), np.float32)
+  whole = observe_ranges(network, images, devices=1)
+  counts = observe_histograms(network, images, whole, bins=16, devices=1)
+  logits = predict(network, images, devices=1)
+  monkeypatch.setattr(forwarding, "_PART_PIXELS", 2 * 64)
+  sizes: list[int] = []
+  forward_size = forwarding.forward_size
+  monkeypatch.setattr(forwarding, "forward_size", lambda *args: sizes.append(forward_size(*args)) or sizes[-1])
+  parts = observe_ranges(network, images, devices=devices)
+  assert sizes == [14 if devices == 1 else 16], "no batch was of several parts"
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), parts, whole)
+  for name, found in observe_histograms(network, images, whole, bins=16, devices=devices).items():
+    # A value on an edge may be rounded over it.
+    assert found.zeros == counts[name].zeros
+    assert np.abs(found.counts - counts[name].counts).sum() <= 4
+  np.testing.assert_allclose(predict(network, images, devices=devices), logits, rtol=1e-5, atol=1e-6)
 
 
 def test_the_next_batch_is_under_way_while_the_host_takes_one_in() -> None:
@@ -63,22 +138,26 @@ def test_a_layer_input_is_what_it_was_bit_by_bit() -> None:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is XLA's CPU backend that computes it several times")
-def test_depthwise_convolutions_run_once_beside_what_is_observed_of_them() -> None:
-  """Before, XLA ran each of them for the lowest and highest value and once more for the layer behind it."""
+@pytest.mark.parametrize(("channels", "loops"), [(40, 2), (8, 4)])
+def test_convolutions_that_are_loops_run_once_beside_what_is_observed_of_them(
+  monkeypatch: pytest.MonkeyPatch, channels: int, loops: int
+) -> None:
+  """Before, XLA ran each depthwise one for the lowest and highest value and once more for the layer behind it."""
 
   class Two(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-      x = InvertedResidual(8, 1, 6, name="first")(x)
-      return InvertedResidual(8, 1, 6, name="second")(x).mean((1, 2))
+      x = InvertedResidual(channels, 1, 6, name="first")(x)
+      return InvertedResidual(channels, 1, 6, name="second")(x).mean((1, 2))
 
-  network = random_network(Two(), image_shape=(32, 32, 8))
+  monkeypatch.setattr(pointwise, "has_wide_vectors", lambda: True)
+  network = random_network(Two(), image_shape=(32, 32, channels))
   recording = recording_extremes(network.forward, network)
 
   def loops_of_nine_products(function) -> int:
-    text = jax.jit(function).lower(network.variables, jnp.ones((4, 32, 32, 8))).compile().as_text()
+    text = jax.jit(function).lower(network.variables, jnp.ones((4, 32, 32, channels))).compile().as_text()
     return sum(body.count(" multiply(") >= 9 for body in re.split(r"\n(?=%|ENTRY)", text))
 
   plain = loops_of_nine_products(lambda variables, images: network.forward(variables, images)[0])
-  assert plain == 2
+  assert plain == loops  # two depthwise ones, and two 1x1 ones of 8 channels with their BatchNorm
   assert loops_of_nine_products(recording) == plain

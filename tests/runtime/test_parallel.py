@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from kwjax.errors import KwjaxError
-from kwjax.runtime import parallel
 from kwjax.runtime.parallel import axis_offset, device_group, mean, value_and_grad_of_copy, value_and_grad_of_shard
 
 DATA = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
@@ -55,19 +54,6 @@ def test_rows_and_weights_of_a_batch_that_does_not_divide() -> None:
   assert group.weights(16) is None
   np.testing.assert_array_equal(group.weights(3), [1, 1, 1, 0, 0, 0, 0, 0])
   assert device_group(1).weights(7) is None
-
-
-@pytest.mark.parametrize(
-  ("devices", "batch_size", "count", "size"),
-  [(1, 64, 7, 4), (1, 3, 7, 3), (1, 64, 2, 2), (4, 64, 99, 16), (4, 5, 99, 8), (4, 64, 0, 4), (1, 64, 0, 1)],
-)
-def test_cpus_forward_no_more_pixels_at_a_time_than_they_hold(
-  monkeypatch: pytest.MonkeyPatch, devices: int, batch_size: int, count: int, size: int
-) -> None:
-  monkeypatch.setattr(parallel, "_CPU_PIXELS", 99)
-  group = device_group(devices)
-  assert group.forward_size(batch_size, count, (4, 6, 3)) == size
-  assert group.forward_size(1, 1, (400, 600, 3)) == devices
 
 
 def test_a_copy_for_each_device_does_not_pass_through_one_of_them() -> None:
