@@ -1,7 +1,7 @@
 """Convolutions that are fast on CPUs too: a drop-in for `lax.conv_general_dilated` in `nn.Conv`.
 
-Depthwise ones are sums of shifted images (`kwjax.models.depthwise`), 1x1 ones matrix products, and dense ones have
-forms of their own (`kwjax.models.dense`).
+Depthwise ones are sums of shifted images (`kwjax.models.depthwise`), 1x1 ones matrix products or, of few channels, loops
+(`kwjax.models.pointwise`), and dense ones have forms of their own (`kwjax.models.dense`).
 On GPUs and TPUs the native convolution is kept. The platform is known only when the program is lowered, so the choice is
 made there.
 """
@@ -64,11 +64,11 @@ def conv_general_dilated(
   `fewer_products`). Dense, strided, up to 7x7: the gradient to the kernel is a matrix product, and the value a loop of its
   own for images of three channels (`kwjax.models.stem`).
 
-  Dense, 1x1, without padding: one matrix product, of any type.
+  Dense, 1x1, without padding: one matrix product, of any type; float32 ones of few channels one loop.
 
   The others are taken for float32 NHWC images, HWIO kernels and no dilation; anything else goes to
-  `lax.conv_general_dilated` untouched. They can be differentiated in reverse mode any number of times; forward mode
-  (`jax.jvp`) is not defined through them.
+  `lax.conv_general_dilated` untouched. They and the loop can be differentiated in reverse mode any number of times; forward
+  mode (`jax.jvp`) is not defined through them.
 
   Args:
     lhs: images f32[b,h,w,c].

@@ -2,7 +2,7 @@
 
 A product of pixels by a kernel of few rows is short of arithmetic for a library, and what follows it, a BatchNorm and its
 activation, reads all of it from memory once more. As a sum of products by single channels it is one loop with what follows,
-which keeps the channels of a pixel in registers: of 56x56 pixels, 16 channels and 96 features with a BatchNorm half the time.
+which keeps the channels of a pixel in registers: of 112x112 pixels, 16 channels and 96 features with a BatchNorm half the time.
 """
 
 from __future__ import annotations
