@@ -292,15 +292,19 @@ def test_pointwise_convolution_of_few_channels_is_that_of_lax(monkeypatch, wide_
   assert {name: "dot_general" in text for name, text in lowered.items()} == {"cpu": not is_loop, "cuda": True}
 
 
-def test_pointwise_convolution_of_half_floats_is_a_product():
+def test_pointwise_convolution_of_half_floats_is_a_product(monkeypatch):
+  monkeypatch.setattr(pointwise, "has_wide_vectors", lambda: True)
   images, kernel = jnp.ones((1, 2, 2, 8), jnp.bfloat16), jnp.ones((1, 1, 8, 4), jnp.bfloat16)
   ours = jax.jit(lambda x, k: conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=_LAYOUT))
   assert ours(images, kernel).dtype == jnp.bfloat16
   assert "dot_general" in ours.lower(images, kernel).as_text()
 
 
+@pytest.mark.parametrize("wide_vectors", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_pointwise_convolution_never_transposes_the_cotangent(stride):
+def test_pointwise_convolution_never_transposes_the_cotangent(monkeypatch, stride, wide_vectors):
+  # A loop over few channels has a gradient of its own, and without it that of the product is to be looked at.
+  monkeypatch.setattr(pointwise, "has_wide_vectors", lambda: wide_vectors)
   images, kernel = jnp.ones((2, 6, 10, 8)), jnp.ones((1, 1, 8, 12))
 
   def gradient(function, images, kernel):
