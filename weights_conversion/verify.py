@@ -46,7 +46,8 @@ def check_names(expected: Mapping[str, Shape], found: Mapping[str, Shape], origi
     if names
   ]
   if parts:
-    stranger = "" if expected.keys() & found.keys() else " (not one name is the same: is it another architecture?)"
+    fits = any(found.get(name) == shape for name, shape in expected.items())
+    stranger = "" if fits else " (not one of its arrays does, is it another architecture?)"
     raise WeightsError(f"{origin} does not fit{stranger}: {' | '.join(parts)}")
 
 

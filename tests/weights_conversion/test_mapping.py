@@ -114,6 +114,14 @@ def test_all_differences_are_listed_at_once(resnet20):
   )
 
 
+@pytest.mark.parametrize(("arch", "is_other"), [("resnet18", True), ("resnet44", False)])
+def test_weights_none_of_which_fit_are_asked_about(resnet20, arch, is_other):
+  # ResNet-18 shares 65 names with ResNet-20 and no shape; all of ResNet-20 fits into ResNet-44.
+  with pytest.raises(WeightsError, match="does not fit") as error:
+    to_flax(arch, resnet20)
+  assert ("is it another architecture?" in str(error.value)) == is_other
+
+
 def test_missing_names_follow_the_naming_of_the_file():
   state = seeded_state_dict(source_shapes("mobilenet_v2", "timm"))
   del state["blocks.2.1.conv_pw.weight"]
