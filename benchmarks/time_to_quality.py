@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.quality_curves import DEFAULT, PAPER, Point, Run, plot, reached, summary, table
-from experiments.common import keep_freed_memory
+from experiments._harness.common import keep_freed_memory
 from kwjax.analysis.similarity import measure
 from kwjax.errors import KwjaxError
 from kwjax.network import Network

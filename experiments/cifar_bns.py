@@ -13,15 +13,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from experiments.launch import relaunch_with_huge_pages
+from experiments._harness.launch import relaunch_with_huge_pages
 
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-from experiments.arguments import parse
-from experiments.common import run_command
-from experiments.options import Options
-from experiments.pipeline import run
+from experiments._harness.arguments import parse
+from experiments._harness.common import run_command
+from experiments._harness.options import Options
+from experiments._harness.pipeline import run
 
 
 def main(args: Sequence[str] | None = None) -> int:

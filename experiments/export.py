@@ -24,8 +24,8 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.arguments import parse
-from experiments.common import run_command, say, use_compilation_cache
+from experiments._harness.arguments import parse
+from experiments._harness.common import run_command, say, use_compilation_cache
 from kwjax.errors import KwjaxError
 from kwjax.export import (
   Comparison,

@@ -26,10 +26,10 @@ import tqdm
 import tyro
 from tensorflow_datasets.core import hashing
 
-from experiments.archives import RECIPES, Recipe
-from experiments.archives.recipe import Opened, Records, Source
-from experiments.arguments import parse
-from experiments.common import run_command, say
+from experiments._harness.archives import RECIPES, Recipe
+from experiments._harness.archives.recipe import Opened, Records, Source
+from experiments._harness.arguments import parse
+from experiments._harness.common import run_command, say
 from kwjax.errors import DataError
 from kwjax.runtime.tfds_writer import DataSetInfo, SplitExamples, is_data_set, temporary_folder, write_tfds
 

@@ -1,6 +1,6 @@
 """docs/results.md: every table of the paper with our numbers beside its own, from the reports of finished runs, never typed.
 
-    python -m experiments.table2_cifar --network networks/resnet44 --eval-data cifar10.npz:test --seeds 0 1 2
+    python -m experiments.knowledge_within.table2_cifar --network networks/resnet44 --eval-data cifar10.npz:test --seeds 0 1 2
     python -m experiments.results_page --collect runs/table2_cifar-resnet44 --figures table-0.png
     python -m experiments.results_page --out docs/results.md
 
@@ -22,11 +22,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import published, results_store
-from experiments.arguments import parse
-from experiments.common import run_command, say
-from experiments.results_store import SECTIONS, Stored
-from experiments.tables import NOT_MEASURED, Results, Table, as_rows, cell_text, over_seeds
+from experiments._harness import published, results_store
+from experiments._harness.arguments import parse
+from experiments._harness.common import run_command, say
+from experiments._harness.results_store import SECTIONS, Stored
+from experiments._harness.tables import NOT_MEASURED, Results, Table, as_rows, cell_text, over_seeds
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import atomic_write
 
@@ -125,7 +125,7 @@ def render(stored: Sequence[Stored], words: Mapping[str, str], *, images: str = 
     parts.append(f"## {_plain(heading)}\n")
     own = sorted((report for report in stored if report.content["study"] == study), key=lambda report: report.name)
     if not own:
-      parts.append(f"{NOT_MEASURED.capitalize()} yet: `python -m experiments.{study} --help` says how.\n")
+      parts.append(f"{NOT_MEASURED.capitalize()} yet: `python -m {results_store.module_of(study)} --help` says how.\n")
     if study in words:
       parts.append(f"{_filled(words[study], study, stored)}\n")
     for report in own:
@@ -174,7 +174,7 @@ def _unmeasured(study: str, known: published.Unmeasured) -> str:
   grid = _grid([["", *map(_plain, table.columns)], *lines])
   words = (
     f"{_plain(table.note)} The paper's numbers, as far as known to us; not measured here: {known.reason}. "
-    f"`python -m experiments.{study} --preset paper` measures them{known.how}."
+    f"`python -m {results_store.module_of(study)} --preset paper` measures them{known.how}."
   )
   return f"**The paper's {_plain(table.title)}**\n\n{grid}\n\n{words.strip()}\n"
 

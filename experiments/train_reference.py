@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.launch import relaunch_with_huge_pages
+from experiments._harness.launch import relaunch_with_huge_pages
 
 if __name__ == "__main__":
   relaunch_with_huge_pages()
@@ -29,12 +29,12 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from experiments.arguments import parse
-from experiments.common import Stages, in_workdir, run_command, say, start
-from experiments.options import Options
-from experiments.sources import digest, identity, short_name
-from experiments.train_options import Sizes, TrainOptions, chosen_sizes, train_config
-from experiments.train_options import architecture as architecture
+from experiments._harness.arguments import parse
+from experiments._harness.common import Stages, in_workdir, run_command, say, start
+from experiments._harness.image_sets import digest, identity, short_name
+from experiments._harness.options import Options
+from experiments._harness.train_options import Sizes, TrainOptions, chosen_sizes, train_config
+from experiments._harness.train_options import architecture as architecture
 from kwjax.errors import KwjaxError
 from kwjax.models import get_model, model_info
 from kwjax.network import Network, save_network

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from kwjax.errors import WeightsError
 from kwjax.runtime.files import sha256_file
+from weights_conversion.locations import locate
 from weights_conversion.mapping import apply_plan, make_plan
-from weights_conversion.sources import locate
 from weights_conversion.torch_import import read_weights
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def convert(
 
   Args:
     arch: name in `kwjax.models`.
-    source: a path, a URL, `torchvision`, `torchvision:V2` or `demo`; see `weights_conversion.sources.locate`.
+    source: a path, a URL, `torchvision`, `torchvision:V2` or `demo`; see `weights_conversion.locations.locate`.
     num_classes: outputs of the classifier; None takes the file's, any other number is an error.
     input_mean: mean that training subtracted from images in [0, 1], a value for each channel; None takes that of the
       architecture's published weights.

@@ -19,7 +19,7 @@ from jax import export, lax
 from kwjax import intercept
 from kwjax.errors import KwjaxError
 from kwjax.export.graph import Weight
-from kwjax.models.convolution import conv_general_dilated
+from kwjax.kernels.convolution import conv_general_dilated
 from kwjax.network import Array, Network, Variables
 from kwjax.quantization.fake_quant import fake_quant
 from kwjax.quantization.grids import Clip

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kwjax.models.convolution import conv_general_dilated
+from kwjax.kernels.convolution import conv_general_dilated
 
 TORCH_EPS = 1e-5
 TORCH_MOMENTUM = 0.9

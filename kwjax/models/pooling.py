@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kwjax.models.windows import Window, scatter_taps
+from kwjax.kernels.windows import Window, scatter_taps
 
 
 def max_pool(images: Array, size: int, stride: int, padding: int) -> Array:

@@ -21,6 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from kwjax.errors import CheckpointError
+from kwjax.runtime.checkpoint_leaves import (
+  check_template,
+  is_key,
+  like_template,
+  named_leaves,
+  sha256_array,
+  storage_key,
+  to_numpy,
+)
 from kwjax.runtime.files import (
   PathLike,
   atomic_write,
@@ -30,15 +39,6 @@ from kwjax.runtime.files import (
   settings_differences,
   sha256_file,
   write_json,
-)
-from kwjax.runtime.leaves import (
-  check_template,
-  is_key,
-  like_template,
-  named_leaves,
-  sha256_array,
-  storage_key,
-  to_numpy,
 )
 
 __all__ = [

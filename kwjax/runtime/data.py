@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from kwjax.errors import DataError
-from kwjax.runtime import data_idx, data_sources
-from kwjax.runtime.data_sources import Source, describe_shape
+from kwjax.runtime import data_idx, data_readers
+from kwjax.runtime.data_readers import Source, describe_shape
 
 Batch = tuple[np.ndarray, np.ndarray | None, np.ndarray]
 
@@ -109,7 +109,7 @@ def array_data(
   Raises:
     DataError: the arrays do not have that form.
   """
-  source = data_sources.ArraySource(data_sources.checked_pixels(np.asarray(images), name), name)
+  source = data_readers.ArraySource(data_readers.checked_pixels(np.asarray(images), name), name)
   return ImageData(name, checked_labels(labels, source.count, num_classes, name), source.native_shape(), source)
 
 
@@ -168,7 +168,7 @@ def load_data(
     if idx := data_idx.find_idx(place):
       source, labels = data_idx.open_idx(place, idx, split)
     else:
-      source, labels = data_sources.open_path(place, split, num_classes)
+      source, labels = data_readers.open_path(place, split, num_classes)
   if not source.count:
     raise DataError(f"{spec} holds no images")
   if limit is not None and limit < source.count:

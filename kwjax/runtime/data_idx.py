@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from kwjax.errors import DataError
-from kwjax.runtime.data_sources import UNREADABLE, ArraySource, Source, checked_pixels
+from kwjax.runtime.data_readers import UNREADABLE, ArraySource, Source, checked_pixels
 
 # The test split is called t10k by MNIST and its drop-in replacements, test by EMNIST; some unpacked copies have a dot.
 _IMAGES = re.compile(r"(.*?)(t10k|test|train|[^-]*)-images[-.]idx3-ubyte(\.gz)?")

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from kwjax.errors import DataError
-from kwjax.runtime.data_sources import Shape, Source, decode, fit
+from kwjax.runtime.data_readers import Shape, Source, decode, fit
 from kwjax.runtime.tfds_writer import is_data_set
 
 PREPARABLE = ("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn_cropped", "stl10", "imagenet2012")

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from kwjax.errors import KwjaxError
-from kwjax.synthesis.leaves import LEAF_SHAPES, MAX_LEAVES, MIXED, RADII, checked_radii, lay_leaves, shape_indices
+from kwjax.synthesis.dead_leaves_model import (
+  LEAF_SHAPES,
+  MAX_LEAVES,
+  MIXED,
+  RADII,
+  checked_radii,
+  lay_leaves,
+  shape_indices,
+)
 from kwjax.synthesis.noise import gaussian_images
 
 Array = jax.Array

@@ -20,12 +20,12 @@ from kwjax.batchnorm import (
   reference_moments,
   weigh,
 )
-from kwjax.models.convolution import fewer_products
+from kwjax.kernels.convolution import fewer_products
 from kwjax.network import Array, Network
 from kwjax.runtime import parallel
 from kwjax.synthesis.augment import augment
 from kwjax.synthesis.config import SynthesisConfig
-from kwjax.synthesis.leaves import dead_leaves
+from kwjax.synthesis.dead_leaves_model import dead_leaves
 from kwjax.synthesis.objective import Evidence, evaluate_objective, layer_divergences
 
 LOSS, GRADIENT = "loss", "gradient"

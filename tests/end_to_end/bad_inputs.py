@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
-from experiments.common import Stages
+from experiments._harness.common import Stages
 from kwjax.network import Network, save_network
 from kwjax.network_files import DESCRIPTION_FILE, WEIGHTS_FILE
 from tests.end_to_end import jobs

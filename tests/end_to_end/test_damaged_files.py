@@ -16,7 +16,7 @@ import pytest
 
 import kwjax
 from experiments import cifar_bns
-from experiments.common import Stages
+from experiments._harness.common import Stages
 from kwjax.errors import CheckpointError, WeightsError
 from kwjax.network import fingerprint, load_network, save_network
 from kwjax.network_files import DESCRIPTION_FILE, read_description

@@ -8,7 +8,7 @@ import sys
 
 _PROGRAM = """
 import dataclasses
-from experiments.arguments import parse
+from experiments._harness.arguments import parse
 
 @dataclasses.dataclass
 class Options:

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from experiments.options import Options, class_names
+from experiments._harness.options import Options, class_names
 from kwjax.errors import KwjaxError
 from tests.networks import tiny_network
 

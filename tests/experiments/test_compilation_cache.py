@@ -7,7 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from experiments.common import use_compilation_cache
+from experiments._harness.common import use_compilation_cache
 
 
 @pytest.mark.parametrize("chosen", [None, "/data/programs"])

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import figure3_quality
-from experiments.options import sizes
-from experiments.study import Setup, choose
-from experiments.study_setup import load
-from experiments.tables import Entry
+from experiments._harness.options import sizes
+from experiments._harness.study import Setup, choose
+from experiments._harness.study_setup import load
+from experiments._harness.tables import Entry
+from experiments.knowledge_within import figure3_quality
 from kwjax.analysis.similarity import measure
 from kwjax.runtime.parallel import device_group
 from kwjax.synthesis.store import ImageStore
@@ -89,7 +89,9 @@ def test_cells_are_filled(
     distilled_on.append((len(images), config.steps))
     return student, []
 
-  monkeypatch.setattr("experiments.stages.distill_with_history", distill)  # covered by other tests, and slow to compile
+  monkeypatch.setattr(
+    "experiments._harness.stages.distill_with_history", distill
+  )  # covered by other tests, and slow to compile
   given = command(folder)
   assert figure3_quality.main([*given, "--columns", "KD"]) == 2
   assert "--eval-data FILE.npz:test" in capsys.readouterr().err

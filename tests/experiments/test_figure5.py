@@ -8,8 +8,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import figure5_images as figure5
-from experiments.figure5_images import Labelled, chosen_images, rows_of, shared_classes
+from experiments.knowledge_within import figure5_images as figure5
+from experiments.knowledge_within.figure5_images import Labelled, chosen_images, rows_of, shared_classes
 from kwjax.analysis import panel_figures
 from kwjax.synthesis import SynthesisConfig
 from tests.networks import tiny_network
@@ -20,7 +20,7 @@ def test_panels_and_cells_are_filled(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   monkeypatch.setenv("KWJAX_CACHE", str(tmp_path / "cache"))
-  monkeypatch.setattr("experiments.study.get_network", lambda options, default: tiny_network())
+  monkeypatch.setattr("experiments._harness.study.get_network", lambda options, default: tiny_network())
   drawn = []
   draw = panel_figures.image_panels
   monkeypatch.setattr(

@@ -7,9 +7,9 @@ from typing import Literal
 
 import pytest
 
-from experiments.options import Options, sizes
-from experiments.scoring import is_near
-from experiments.stages import distill_config
+from experiments._harness.options import Options, sizes
+from experiments._harness.scoring import is_near
+from experiments._harness.stages import distill_config
 from tests.networks import tiny_network
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import leaves_bns
-from experiments.leaves_bns import step_counts
+from experiments.noise import leaves_bns
+from experiments.noise.leaves_bns import step_counts
 from kwjax import intercept
 from kwjax.batchnorm import adjust_statistics, observing
 from kwjax.quantization import observe_ranges

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import cifar_bns, imagenet_bns
-from experiments.common import Stages
+from experiments._harness.common import Stages
 from kwjax.errors import CheckpointError
 from kwjax.models import get_model, model_info
 from kwjax.network import Network, load_network, save_network

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from experiments import noise_activations
-from experiments.noise_activations import CURRENT, RUNNING, claims
+from experiments.noise import activations as noise_activations
+from experiments.noise.activations import CURRENT, RUNNING, claims
 from kwjax.analysis.activations import observe_activations
 from kwjax.analysis.bias import class_mass, evenness
 from kwjax.errors import KwjaxError
@@ -58,7 +58,7 @@ def test_cells_are_what_the_library_measures(folder: pathlib.Path, monkeypatch: 
 
 
 def noise_key(seed: int) -> object:
-  from experiments.stages import GAUSSIAN_KEY, stream_key
+  from experiments._harness.stages import GAUSSIAN_KEY, stream_key
 
   return stream_key(seed, GAUSSIAN_KEY)
 

@@ -11,15 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import noise_distill
-from experiments.common import Stages
-from experiments.noise_distill import Options
-from experiments.noise_student import Recipe, current_top1
-from experiments.options import sizes
-from experiments.stages import Site
-from experiments.study import choose
-from experiments.study_setup import load
-from experiments.tables import Entry
+from experiments._harness.common import Stages
+from experiments._harness.options import sizes
+from experiments._harness.stages import Site
+from experiments._harness.study import choose
+from experiments._harness.study_setup import load
+from experiments._harness.tables import Entry
+from experiments.noise import distill as noise_distill
+from experiments.noise.distill import Options
+from experiments.noise.student import Recipe, current_top1
 from kwjax.errors import KwjaxError
 from kwjax.runtime.data import load_data
 from kwjax.runtime.parallel import device_group

@@ -19,9 +19,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from experiments import prepare_data
-from experiments.archives import RECIPES
-from experiments.archives.imagenet import _wnids
-from experiments.archives.numpy_pickle import load_numpy_pickle
+from experiments._harness.archives import RECIPES
+from experiments._harness.archives.imagenet import _wnids
+from experiments._harness.archives.numpy_pickle import load_numpy_pickle
 from kwjax import load_data
 from kwjax.errors import DataError
 from kwjax.runtime.data_tfds import PREPARABLE
@@ -482,7 +482,7 @@ def test_killed_in_the_middle_nothing_looks_finished(
   digits: tuple[pathlib.Path, np.ndarray, np.ndarray], data_dir: pathlib.Path
 ) -> None:
   code = (
-    "import os, sys\nfrom experiments import prepare_data\nfrom experiments.archives import recipe, idx\n"
+    "import os, sys\nfrom experiments import prepare_data\nfrom experiments._harness.archives import recipe, idx\n"
     "png, left = recipe.png, [42]\n"
     "def deadly(pixels):\n  left[0] -= 1\n  return png(pixels) if left[0] else os._exit(9)\n"
     "idx.png = deadly\nprepare_data.main(sys.argv[1:])"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from experiments.results import _notes
-from experiments.scoring import is_closer
+from experiments._harness.results import _notes
+from experiments._harness.scoring import is_closer
 
 
 def score(kind: str, top1: float, count: int) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from experiments import published, results_merge, results_page, results_store
+from experiments import results_page
+from experiments._harness import published, results_merge, results_store
+from experiments._harness.results_store import SECTIONS, Stored
+from experiments._harness.tables import Entry, Table, as_json
 from experiments.results_page import render
-from experiments.results_store import SECTIONS, Stored
-from experiments.tables import Entry, Table, as_json
 from kwjax.errors import KwjaxError
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
@@ -41,7 +42,7 @@ def finished_run(folder: pathlib.Path, study: str = "table2_cifar") -> pathlib.P
     "protocol": {"teacher": "tiny_net, from ../weights/tiny.th", "nothing": None},
     "float": {"top1": 0.9341, "count": 1017},
     "versions": {"jax": "0.10.2", "backend": "cpu", "cpu_count": 2, "device": "cpu", "devices": 2},
-    "command": "python -m experiments.table2_cifar --network /home/me/net --workdir '/tmp/a b' --columns '4w4a*'",
+    "command": "python -m experiments.knowledge_within.table2_cifar --network /home/me/net --workdir '/tmp/a b' --columns '4w4a*'",  # noqa: E501
     "tables": [as_json(table, results)],
     "notes": ["the ordering KD < KD+IQ shows"],
   }
@@ -80,7 +81,7 @@ def test_a_run_is_kept_and_shown(tmp_path: pathlib.Path) -> None:
   assert "Measured on 2 CPU cores until 20" in page
   assert "2.2 minutes of work" in page
   assert "float: top-1 93.41% of 1017 images" in page
-  assert "`python -m experiments.table2_cifar --network net --columns '4w4a*'`" in page
+  assert "`python -m experiments.knowledge_within.table2_cifar --network net --columns '4w4a*'`" in page
   assert "- real, 4w4a\\* (seed 0, 2): 4w4a on images.npz:test." in page
   assert "never done" not in page
   assert "- the ordering KD \\< KD+IQ shows\n" in page
@@ -158,8 +159,8 @@ def test_sections_follow_the_paper_and_the_rest_says_not_measured(tmp_path: path
   assert page == render(reports[::-1], {})
   headings = re.findall(r"^## (.*)$", page, re.MULTILINE)
   assert [heading.replace("\\", "") for heading in headings] == list(SECTIONS.values())
-  unmeasured = re.findall(r"Not measured yet: `python -m experiments\.(\w+) --help`", page)
-  assert unmeasured == [study for study in SECTIONS if study not in ("figure2_monitor", "table1_ablation")]
+  unmeasured = re.findall(r"Not measured yet: `python -m ([\w.]+) --help`", page)
+  assert unmeasured == [results_store.module_of(study) for study in SECTIONS if study not in ("figure2_monitor", "table1_ablation")]
 
 
 def published_table(page: str, title: str) -> tuple[dict[str, list[str]], str]:
@@ -177,7 +178,7 @@ def test_numbers_of_networks_without_a_report_are_shown_alone() -> None:
   assert rows["2000"] == ["85.41", "88.36"]
   assert list(rows)[1:] == ["1", "10", "100", "1000", "2000"]
   assert "not measured here: " in words
-  assert "`python -m experiments.table1_ablation --preset paper` measures them" in words
+  assert "`python -m experiments.knowledge_within.table1_ablation --preset paper` measures them" in words
   rows, _ = published_table(page, "Table 2: ResNet-44")
   assert rows["bns"] == ["", "", "88.5", "", "88.52", "89.6"]
   rows, words = published_table(page, "Table 2: WRN-28-10")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from experiments._harness.results_store import module_of
 from tests.experiments.tiny_study import command, tiny_network_loaded, write_answered
 from tests.networks import tiny_network
 
@@ -45,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
   folder = tmp_path_factory.mktemp("smoke")
   write_answered(folder / "data.npz")
   with tiny_network_loaded(), pytest.MonkeyPatch.context() as patch:
-    patch.setattr("experiments.similarity_options.load_network", lambda path: tiny_network())
+    patch.setattr("experiments.knowledge_within.similarity_options.load_network", lambda path: tiny_network())
     yield folder / "data.npz"
 
 
@@ -61,7 +62,7 @@ def test_the_plain_command_fills_every_cell(study: str, data: pathlib.Path, tmp_
   arguments = command(tmp_path, *(word for kind in taken for word in given[kind]))
   if "named" in taken:
     del arguments[:2]  # --network
-  assert importlib.import_module(f"experiments.{study}").main(arguments) == 0
+  assert importlib.import_module(module_of(study)).main(arguments) == 0
 
   folder = tmp_path / "run"
   report = json.loads((folder / "report.json").read_text())

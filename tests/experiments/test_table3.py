@@ -8,12 +8,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import table3_imagenet
-from experiments.options import sizes
-from experiments.quantization_table import ROWS
-from experiments.study import Cell, Study, choose
-from experiments.study_options import Missing
-from experiments.study_setup import load
+from experiments._harness.options import sizes
+from experiments._harness.quantization_table import ROWS
+from experiments._harness.study import Cell, Study, choose
+from experiments._harness.study_options import Missing
+from experiments._harness.study_setup import load
+from experiments.knowledge_within import table3_imagenet
 from kwjax.network import Network
 from kwjax.runtime.parallel import device_group
 from tests.networks import tiny_network
@@ -101,7 +101,7 @@ def test_a_row_is_filled(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     asked.append(default)
     return network
 
-  monkeypatch.setattr("experiments.study.get_network", loaded)
+  monkeypatch.setattr("experiments._harness.study.get_network", loaded)
   monkeypatch.setenv("KWJAX_CACHE", str(folder / "cache"))
   workdir = folder / "run"
   arguments = ["--eval-data", f"{folder / 'eval.npz'}:test", "--preset", "smoke", "--devices", "1"]

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import table4_similarity as table4
-from experiments.options import sizes
-from experiments.similarity_options import Options, subjects
-from experiments.similarity_sets import GROUP, Subject, group_jkl
-from experiments.study import choose
-from experiments.study_options import Missing
-from experiments.study_setup import load
+from experiments._harness.options import sizes
+from experiments._harness.study import choose
+from experiments._harness.study_options import Missing
+from experiments._harness.study_setup import load
+from experiments.knowledge_within import table4_similarity as table4
+from experiments.knowledge_within.similarity_options import Options, subjects
+from experiments.knowledge_within.similarity_sets import GROUP, Subject, group_jkl
 from kwjax.analysis.similarity import measure
 from kwjax.network import Network
 from kwjax.runtime.parallel import device_group
@@ -37,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
   np.savez(folder / "small.npz", images=rng.integers(0, 256, (20, 4, 4, 3), np.uint8))
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("KWJAX_CACHE", str(folder / "cache"))
-    patch.setattr("experiments.similarity_options.load_network", lambda path: network(path.name))
-    patch.setattr("experiments.study.get_network", lambda options, default: network(options.network.name))
+    patch.setattr("experiments.knowledge_within.similarity_options.load_network", lambda path: network(path.name))
+    patch.setattr("experiments._harness.study.get_network", lambda options, default: network(options.network.name))
     yield folder
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import table6_objectives
-from experiments.table6_objectives import DecidedTeacher
+from experiments.knowledge_within import table6_objectives
+from experiments.knowledge_within.table6_objectives import DecidedTeacher
 from kwjax.distillation.losses import kl_divergence
 from tests.experiments.tiny_study import command, tiny_network_loaded, write_noise
 from tests.networks import tiny_network

@@ -7,12 +7,12 @@ import pathlib
 
 import pytest
 
-from experiments import table_calibration
-from experiments.calibration import BEST, PAPER, Method, method_of
-from experiments.options import Options, sizes
-from experiments.pipeline import parse_rules
-from experiments.study import choose
-from experiments.study_setup import load
+from experiments._harness.calibration import BEST, PAPER, Method, method_of
+from experiments._harness.options import Options, sizes
+from experiments._harness.pipeline import parse_rules
+from experiments._harness.study import choose
+from experiments._harness.study_setup import load
+from experiments.calibration import table_calibration
 from kwjax.quantization import QuantRules
 from kwjax.runtime.parallel import device_group
 from tests.experiments.tiny_study import write_answered
@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def test_cells_are_filled_and_kept(data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   network = tiny_network()
-  monkeypatch.setattr("experiments.study.get_network", lambda options, default: network)
+  monkeypatch.setattr("experiments._harness.study.get_network", lambda options, default: network)
   monkeypatch.setenv("KWJAX_CACHE", str(tmp_path / "cache"))
   arguments = ["--eval-data", f"{data}:test", "--real-data", f"{data}:train", "--preset", "smoke", "--devices", "1"]
   arguments += ["--workdir", str(tmp_path / "run"), "--columns", "real", "--bits", "3w3a"]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import toy_circles, toy_plane
-from experiments.toy_plane import Sizes, as_images, as_points, circles, grid_points, inputs, untrained
+from experiments.noise import toy_circles, toy_plane
+from experiments.noise.toy_plane import Sizes, as_images, as_points, circles, grid_points, inputs, untrained
 from kwjax.batchnorm import observe
 
 

@@ -14,9 +14,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from kwjax import cpu
-from kwjax.models import pointwise, products, shifts, winograd
-from kwjax.models.convolution import conv_general_dilated, fewer_products
-from kwjax.models.windows import Window, image_parts
+from kwjax.kernels import pointwise, products, shifts, winograd
+from kwjax.kernels.convolution import conv_general_dilated, fewer_products
+from kwjax.kernels.windows import Window, image_parts
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 

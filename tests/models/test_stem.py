@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from kwjax.models import stem
-from kwjax.models.convolution import conv_general_dilated
-from kwjax.models.windows import LAYOUT, Window
+from kwjax.kernels import stem
+from kwjax.kernels.convolution import conv_general_dilated
+from kwjax.kernels.windows import LAYOUT, Window
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.common import run_command
+from experiments._harness.common import run_command
 from kwjax.analysis.similarity import measure
 from kwjax.distillation import DistillConfig, distill, distill_step
 from kwjax.distillation.step import initial_state

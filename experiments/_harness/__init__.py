@@ -1,0 +1,1 @@
+"""What the experiments share: options, stages, tables, reports. Not a public interface."""

@@ -1,0 +1,1 @@
+"""Comparisons of calibration methods, beyond the papers."""

@@ -1,0 +1,203 @@
+"""Ways to calibrate a network without its data, side by side: ranges of activations and weights, bias correction, equalization.
+
+    python -m weights_conversion --arch resnet44 --source resnet44.th --out networks/resnet44
+    python -m experiments.calibration.table_calibration --network networks/resnet44 \\
+        --eval-data cifar10.npz:test --real-data cifar10.npz:train --images 128
+    python -m experiments.calibration.table_calibration --bits 4w8a --eval-data imagenet_samples_500.zip --images 32
+
+The second runs on the embedded EfficientNet-Lite0 (extra `demo`).
+
+Rows: `paper`: ranges from the extremes of each sample, averaged (Haroush et al. 2020). `percentile`: 99.99 % of all values of a
+layer. `mse`: the range with the least squared error. `entropy`: the least KL, as TensorRT does it. `weights-mse`: each channel's
+weights keep the part of their range with the least squared error. `bias`: the mean of every channel is brought back to the
+float network's (Nagel et al. 2019). `moments`: BatchNorm's variances as well. `equalized`: scale is moved between neighbouring
+layers where that changes nothing (Nagel et al. 2019). `+`: both. Columns: images that calibrate: real ones (a comparison; left
+out without --real-data), images made from BatchNorm statistics (`bns`), Gaussian noise (`gaussian`). Two tables: top-1, and
+KL(float || copy) on the same images, which tells methods apart where top-1 cannot.
+
+No published numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from experiments._harness.launch import relaunch_with_huge_pages
+
+if __name__ == "__main__":
+  relaunch_with_huge_pages()
+
+import numpy as np
+
+from experiments._harness import cost, stages
+from experiments._harness.arguments import parse
+from experiments._harness.calibration import PAPER, Method, calibrated_copy, scored
+from experiments._harness.common import run_command
+from experiments._harness.distilled import float_score
+from experiments._harness.image_sets import Source, digest, identity, short_name
+from experiments._harness.stages import CALIBRATION_KEY, GAUSSIAN, REAL, Site
+from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
+from experiments._harness.study_report import top1_results
+from experiments._harness.tables import Results, Table
+from kwjax.quantization import QuantRules
+from kwjax.runtime.data import ImageData
+
+METHODS: dict[str, Method] = {
+  "paper": PAPER,
+  "percentile": Method("percentile"),
+  "percentile-99.9": Method("percentile:99.9"),
+  "mse": Method("mse"),
+  "entropy": Method("entropy"),
+  "weights-mse": Method(weights_range="mse"),
+  "bias": Method(corrects_bias=True),
+  "equalized": Method(equalizes=True),
+  "percentile-99.9+bias": Method("percentile:99.9", corrects_bias=True),
+  "mse+bias": Method("mse", corrects_bias=True),
+  "weights-mse+bias": Method(weights_range="mse", corrects_bias=True),
+  "equalized+bias": Method(corrects_bias=True, equalizes=True),
+  "mse+equalized+bias": Method("mse", corrects_bias=True, equalizes=True),
+  "mse+weights-mse+bias": Method("mse", "mse", corrects_bias=True),
+  "moments": Method(corrects_bias=True, corrects_variance=True),
+  "mse+moments": Method("mse", corrects_bias=True, corrects_variance=True),
+  "weights-mse+moments": Method(weights_range="mse", corrects_bias=True, corrects_variance=True),
+  "mse+weights-mse+moments": Method("mse", "mse", corrects_bias=True, corrects_variance=True),
+}
+COLUMNS = (REAL, "bns", GAUSSIAN)
+_NATS = "nats"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(StudyOptions):
+  """Options of this study."""
+
+  bits: str = "4w4a"
+  """Precision, #w#a."""
+  first_last: str = "none"
+  """Precision of the first convolution and of the classifier; `none` treats them like the rest."""
+  weight_reading: Literal["auto", "integer", "affine", "affine0", "sym", "symfull", "midrise"] = "auto"
+  """Grid of the weights; auto: affine from 4 bits on, which has no integer form; affine0, sym and symfull have one."""
+
+
+def _settings(method: Method) -> dict[str, Any]:
+  """What tells a method from others; one that leaves variances alone is what it was before there was that choice."""
+  settings = method._asdict()
+  return settings if settings.pop("corrects_variance") is False else method._asdict()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+  """What the cells are measured with; `logits` keeps the float network's, made once."""
+
+  setup: Setup
+  evaluation: ImageData
+  rules: QuantRules
+  logits: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+  def plan(self, table: Table, row: str, column: str) -> CellPlan:
+    """How one cell is measured."""
+    source, method, chosen = self.setup.source(column, self.setup.chosen.images), METHODS[row], self.setup.chosen
+    rules = method.applied(self.rules)
+    settings = {
+      "source": source.settings,
+      "rules": rules.to_json(),
+      "method": _settings(method),
+      "calibration": [chosen.images, chosen.calibration_steps, chosen.calibration_batch],
+      "evaluation": identity(self.evaluation),
+    }
+    parts = [rules.describe(), *([method.describe()] if method.describe() else [])]
+    how = "" if rules.needs_histograms else f" for {chosen.calibration_steps} x {chosen.calibration_batch} draws"
+    protocol = (
+      f"{', '.join(parts)}; {source.words}{how}; {len(self.evaluation)} images of {short_name(self.evaluation)}"
+    )
+    value = "kl" if table.unit_of(column) == _NATS else "top1"
+
+    def compute(site: Site, seed: int) -> Mapping[str, Any]:
+      name = f"methods/{digest([row, column, settings])}-seed{seed}"
+      found = site.stages.once(name, lambda: self._measure(site, source, method, seed))
+      return {"value": found[value], "count": len(self.evaluation), "images": found["images"]}
+
+    return CellPlan(settings, protocol, compute)
+
+  def _measure(self, site: Site, source: Source, method: Method, seed: int) -> dict[str, Any]:
+    images = source.images(site, seed)[: self.setup.chosen.images]
+    copy = calibrated_copy(
+      site,
+      f"{source.stage('ranges', seed)}-{len(images)}",
+      images,
+      self.rules,
+      method,
+      self.setup.chosen,
+      key=stages.stream_key(seed, CALIBRATION_KEY),
+      words=source.name,
+    )
+    return {**scored(site, copy, self.evaluation, self.logits), "images": len(images)}
+
+  def describe(self, cells: Sequence[Cell]) -> str:
+    """What the cells cost, for --dry-run."""
+    chosen = self.setup.chosen
+    made = {(cell.column, cell.seed) for cell in cells if cell.column not in (REAL, GAUSSIAN)}
+    config = self.setup.config("bns")
+    copies = len({(cell.row, cell.column, cell.seed) for cell in cells})
+    return f"images        {len(made)} sets of {chosen.images}, {config.steps} steps a batch\n" + cost.estimate(
+      self.setup.network,
+      synthesized=len(made) * chosen.images * config.duplicates * config.steps,
+      trained=0,
+      evaluated=copies * (len(self.evaluation) + 2 * chosen.images),
+    )
+
+  def report(self, site: Site, results: Mapping[str, Results]) -> Mapping[str, Any]:
+    """Keys of report.json beside the tables."""
+    title = next(iter(results))
+    table = Table(title, tuple(METHODS), COLUMNS)
+    return {
+      "float": float_score(site, self.evaluation),
+      "calibrated": top1_results(table, results[title], {column: column for column in COLUMNS}),
+    }
+
+
+def build(setup: Setup) -> Study:
+  """The study for the network of the command line."""
+  options, evaluation = setup.options, setup.labelled()
+  assert isinstance(options, Options)
+  rules = QuantRules.parse(
+    options.bits,
+    first_last=None if options.first_last == "none" else options.first_last,
+    weights=options.weight_reading,
+  )
+  rules.resolve(setup.network)
+  work = _Work(setup, evaluation, rules)
+  what = f"{setup.network.name} {rules.bits}"
+  note = "+: both. Evaluated on images that are used for nothing else."
+  tables = (
+    Table(f"Calibration of {what}: top-1 (%)", tuple(METHODS), COLUMNS, note=note),
+    Table(f"Calibration of {what}: KL from the float network", tuple(METHODS), COLUMNS, unit=_NATS_OF_ALL, note=note),
+  )
+  return Study(
+    tables=tables,
+    plan=work.plan,
+    protocol={
+      "data used": "column real: real images; the others: none, images come from the network itself",
+      "evaluation images": f"{len(evaluation)} of {short_name(evaluation)}; used for nothing else",
+    },
+    describe=work.describe,
+    report=work.report,
+    need=setup.need([setup.config("bns")], distills=False),
+  )
+
+
+_NATS_OF_ALL = dict.fromkeys(COLUMNS, _NATS)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """Command line of the study; returns the exit status."""
+  options = parse(Options, args, "calibration.table_calibration", __doc__)
+  return run_command(
+    lambda: run(options, name="table_calibration", build=build, arch="resnet44", default="efficientnet_lite0")
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,193 @@
+"""One student that learned a teacher's answers to noise: how it is trained, and what its accuracy is measured with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments._harness import stages
+from experiments._harness.common import say
+from experiments._harness.image_sets import digest, identity, short_name
+from experiments._harness.stages import DISTILL_KEY, GAUSSIAN_KEY, Site
+from kwjax.batchnorm import adjust_statistics, current_layers, observing
+from kwjax.distillation import Augment, DistillConfig, distill
+from kwjax.models import get_model
+from kwjax.network import Network
+from kwjax.runtime.data import ImageData
+from kwjax.synthesis import dead_leaves, fresh_dead_leaves, fresh_gaussian, gaussian_images
+from kwjax.training import initial_variables
+
+GAUSSIAN, DEAD_LEAVES = NOISES = ("gaussian", "dead_leaves")
+Space = Literal["normalized", "pixel"]
+Evaluation = Literal["adjusted", "current", "own"]
+_WORDS = {
+  "adjusted": "with statistics of these images, pooled over batches of {batch}",
+  "current": "with the statistics of each batch of {batch} of them",
+  "own": "with the statistics that it learned from noise",
+}
+# A grey of the middle of the range: what is known of images of which nothing is known.
+_PIXEL_MEAN, _PIXEL_STD = 0.5, 0.25
+_WEIGHTS_KEY, _LAYERS_KEY = 101, 102
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How a student is made and judged, all but the seed.
+
+  Attributes:
+    teacher: fingerprint of the network that answers.
+    student: its name on the command line.
+    arch: its registered name.
+    model_options: attributes of its module.
+    noise: one of `NOISES`.
+    shapes: of dead leaves.
+    space: of Gaussian noise: N(0, 1) in the teacher's normalized input space, or N(1/2, 1/4^2) clipped to [0, 1].
+    pool: number of noise images that are seen again every epoch; None: every step draws its own.
+    running_fraction: share of the teacher's BatchNorm layers on running statistics.
+    config: of the distillation, without those layers.
+    evaluation: labelled images.
+    judged: which statistics of the student the accuracy of a cell is measured with.
+  """
+
+  teacher: str
+  student: str
+  arch: str
+  model_options: Mapping[str, Any]
+  noise: str
+  shapes: str
+  space: Space
+  pool: int | None
+  running_fraction: float
+  config: DistillConfig
+  evaluation: ImageData
+  judged: Evaluation
+
+  @property
+  def trained(self) -> dict[str, Any]:
+    """Settings that the student and its accuracies depend on."""
+    noise = f"{self.noise} in pixel space" if self.noise == GAUSSIAN and self.space == "pixel" else self.noise
+    return {
+      "teacher": self.teacher,
+      "student": [self.arch, dict(self.model_options)],
+      "noise": [noise, self.pool or "fresh", self.shapes if self.noise == DEAD_LEAVES else ""],
+      "running_fraction": self.running_fraction,
+      "distillation": self.config.to_json(),
+      "evaluation": identity(self.evaluation),
+    }
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """Settings that the value of a cell depends on."""
+    return self.trained if self.judged == "adjusted" else {**self.trained, "judged": self.judged}
+
+  @property
+  def words(self) -> str:
+    """The same for people."""
+    config = self.config
+    space = f" in {self.space} space" if self.noise == GAUSSIAN else ""
+    images = f"{self.noise} images{space}"
+    source = f"{images} drawn anew at every step" if self.pool is None else f"a pool of {self.pool} {images}"
+    temperature = "" if config.temperature == 1.0 else f", temperature {config.temperature:g}"
+    schedule: str = config.schedule
+    if schedule == "plateau":
+      schedule = f"plateau of the loss ({config.plateau_patience} x {config.plateau_steps} steps)"
+    return (
+      f"{self.student} from scratch, {config.steps} steps of {config.batch_size} from {source}, {config.algorithm} "
+      f"{config.learning_rate:g}, {schedule}{temperature}; teacher: {self.running_fraction:.0%} of the BatchNorm layers on "
+      f"running statistics; top-1 on {len(self.evaluation)} images of {short_name(self.evaluation)} "
+      + _WORDS[self.judged].format(batch=config.batch_size)
+    )
+
+  def measure(self, site: Site, seed: int) -> Mapping[str, Any]:
+    """`{"value": top-1, ...}` with the accuracies by all statistics; one student serves every `judged`."""
+    stage = f"students/{digest(self.trained)}/seed-{seed}"
+    found = site.stages.once(stage, lambda: self._train_and_judge(site, seed))
+    return {"value": found[self.judged], **found}
+
+  def _train_and_judge(self, site: Site, seed: int) -> dict[str, Any]:
+    layers = current_layers(site.network, self.running_fraction, stages.stream_key(seed, _LAYERS_KEY))
+    site.shutdown_point()
+    student = distill(
+      self._student(site.network, seed),
+      site.network,
+      self._fresh(site.network) if self.pool is None else self._pool(site, self.pool, seed),
+      self.config.replace(current=layers, checkpoint_every=site.checkpoint_steps),
+      key=stages.stream_key(seed, DISTILL_KEY),
+      workdir=site.scratch,
+      devices=site.group,
+      progress=True,
+    )
+    images, batch = self.evaluation.read(np.arange(len(self.evaluation))), self.config.batch_size
+    adjusted = stages.top1(
+      site, adjust_statistics(student, images, batch_size=batch, devices=site.group), self.evaluation
+    )
+    return {
+      "adjusted": adjusted["value"],
+      "current": current_top1(site, student, self.evaluation, batch),
+      "own": stages.top1(site, student, self.evaluation)["value"],
+      "count": adjusted["count"],
+      "layers": list(layers),
+    }
+
+  def _student(self, teacher: Network, seed: int) -> Network:
+    """With random weights, on the teacher's inputs."""
+    model_options = {"num_classes": teacher.num_classes, **self.model_options}
+    module = get_model(self.arch, **model_options)
+    return Network(
+      module,
+      initial_variables(module, teacher.image_shape, key=stages.stream_key(seed, _WEIGHTS_KEY)),
+      image_shape=teacher.image_shape,
+      input_mean=teacher.input_mean,
+      input_std=teacher.input_std,
+      name=self.student,
+      arch=self.arch,
+      model_options=model_options,
+    )
+
+  def _gaussian(self, teacher: Network) -> tuple[Sequence[float], Sequence[float], bool]:
+    """Mean, standard deviation, and whether values are clipped."""
+    if self.space == "normalized":
+      return teacher.input_mean, teacher.input_std, False
+    channels = teacher.image_shape[2]
+    return (_PIXEL_MEAN,) * channels, (_PIXEL_STD,) * channels, True
+
+  def _fresh(self, teacher: Network) -> Augment:
+    if self.noise == DEAD_LEAVES:
+      return fresh_dead_leaves(shapes=self.shapes)
+    mean, std, clip = self._gaussian(teacher)
+    return fresh_gaussian(mean, std, clip=clip)
+
+  def _pool(self, site: Site, count: int, seed: int) -> np.ndarray:
+    """f32[n,h,w,c], or u8 for dead leaves, whose colours are in [0, 1]."""
+    say(f"making {count} {self.noise} images")
+    key, teacher = stages.stream_key(seed, GAUSSIAN_KEY), site.network
+    if self.noise == GAUSSIAN:
+      mean, std, clip = self._gaussian(teacher)
+      return np.asarray(gaussian_images(key, count, teacher.image_shape, mean, std, clip=clip))
+    devices = site.group.local.devices
+    images = dead_leaves(key, count, teacher.image_shape, shapes=self.shapes, devices=devices)
+    return np.round(np.asarray(images) * 255.0).astype(np.uint8)
+
+
+def current_top1(site: Site, network: Network, data: ImageData, batch_size: int) -> float:
+  """Top-1 with every BatchNorm layer on the statistics of the batch, on one device.
+
+  Args:
+    site: where.
+    network: with BatchNorm.
+    data: labelled images, cut into batches as equal as possible: filling one up would change its statistics.
+    batch_size: images a batch, at most.
+  """
+  assert data.labels is not None
+  forward = jax.jit(observing(network.forward, current=(".*",), record_moments=False))
+  hits = 0
+  for part in np.array_split(np.arange(len(data)), -(-len(data) // batch_size)):
+    site.shutdown_point()
+    logits = forward(network.variables, jnp.asarray(data.read(part)))[0]
+    hits += int(np.sum(np.argmax(logits, -1) == data.labels[part]))
+  return hits / len(data)

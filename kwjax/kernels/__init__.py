@@ -1,0 +1,1 @@
+"""Fast forms of layers for CPUs."""

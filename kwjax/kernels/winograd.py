@@ -1,0 +1,200 @@
+"""Winograd's minimal filtering: a 3x3 convolution with a quarter of the multiplications, on CPUs.
+
+Four by four outputs are made from a tile of six by six inputs by 36 products a pair of channels, where the sum itself
+takes 144. The products are 36 matrix products over all tiles; what comes before and after are sums of slices, which XLA's
+CPU backend turns into vectorised loops. Rounding errors are about ten times those of the direct sum (1e-5 of the
+largest result), so it serves gradients and what is averaged over images, never a network's answer.
+
+Source: Lavin & Gray (2016), "Fast algorithms for convolutional neural networks", F(4x4, 3x3).
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from kwjax.cpu import has_wide_vectors
+from kwjax.kernels.windows import image_parts, pad_images, sum_over_parts
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+_TILE, _INPUTS = 4, 6
+_TO_INPUTS = (
+  (4, 0, -5, 0, 1, 0),
+  (0, -4, -4, 1, 1, 0),
+  (0, 4, -4, -1, 1, 0),
+  (0, -2, -1, 2, 1, 0),
+  (0, 2, -1, -2, 1, 0),
+  (0, 4, 0, -5, 0, 1),
+)
+_TO_KERNEL = (
+  (1 / 4, 0, 0),
+  (-1 / 6, -1 / 6, -1 / 6),
+  (-1 / 6, 1 / 6, -1 / 6),
+  (1 / 24, 1 / 12, 1 / 6),
+  (1 / 24, -1 / 12, 1 / 6),
+  (0, 0, 1),
+)
+_TO_OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+_FROM_OUTPUTS = tuple(zip(*_TO_OUTPUTS, strict=True))
+_CHANNELS_A_TILE = 8  # beyond which the transformed kernels take more memory than the time they save is worth
+_FEWEST = 32  # channels, below which the transforms cost what the products save
+_LARGEST_PRODUCTS = 10 << 20  # bytes of the transformed kernel, beyond which AVX-512 waits for memory
+_CACHED_PART = 1 << 20  # bytes of transformed images that stay near a core
+
+
+def is_worthwhile(images: Sequence[int], kernel: Sequence[int]) -> bool:
+  """Whether it beats the direct sum: many channels to share the sums of slices, many tiles to share the kernel's.
+
+  With few tiles the transformed kernels, four times as large as they were, outgrow the images by far. Where many channels meet
+  few features, as in a DenseNet, their sums of slices cost what the products save.
+
+  Args:
+    images: shape (b, h, w, c) of the images, or of the result.
+    kernel: shape (kh, kw, c, d).
+  """
+  fewer, more = sorted(kernel[2:])
+  is_square = tuple(kernel[:2]) == (3, 3) and more <= 2 * fewer
+  return is_square and fewer >= _FEWEST and _tile_count(images) * _CHANNELS_A_TILE >= more
+
+
+def has_fast_kernel_gradient(images: Sequence[int], kernel: Sequence[int]) -> bool:
+  """Whether `kernel_gradient` beats the convolution.
+
+  Where many channels meet few features, as in a DenseNet, it gains nothing and takes minutes to compile.
+
+  Args:
+    images: shape (b, h, w, c).
+    kernel: shape (kh, kw, c, d).
+  """
+  fewer, more = sorted(kernel[2:])
+  products = 4 * _INPUTS**2 * fewer * more
+  return (
+    tuple(kernel[:2]) == (3, 3)
+    and fewer >= _FEWEST
+    and more <= 2 * fewer
+    and (products <= _LARGEST_PRODUCTS or not has_wide_vectors())
+  )
+
+
+def _tile_count(images: Sequence[int]) -> int:
+  return images[0] * -(-images[1] // _TILE) * -(-images[2] // _TILE)
+
+
+def convolve(images: Array, kernel: Array, padding: Padding) -> Array:
+  """Convolution of stride 1: y[b,h,w,d] = sum_ijc x[b, h + i - top, w + j - left, c] k[i,j,c,d].
+
+  Y = A^T [(G k G^T) * (B^T x B)] A for each tile x of 6x6 inputs, Lavin & Gray (2016), Eq. (12).
+
+  Args:
+    images: f32[b,h,w,c].
+    kernel: f32[3,3,c,d].
+    padding: ((top, bottom), (left, right)) zeros, in pixels.
+
+  Returns: f32[b,oh,ow,d].
+  """
+  return _filter(images, _transformed(kernel, np.asarray(_TO_KERNEL, np.float32)), padding, contracted=1)
+
+
+def transposed_convolve(images: Array, kernel: Array, padding: Padding) -> Array:
+  """Convolution of stride 1 with a mirrored kernel: y[b,h,w,c] = sum_ijd x[b, h + i - top, w + j - left, d] k[2-i,2-j,c,d].
+
+  This is the gradient to the images of a convolution with k and padding (2 - top, 2 - bottom), (2 - left, 2 - right).
+
+  Args:
+    images: f32[b,h,w,d].
+    kernel: f32[3,3,c,d].
+    padding: ((top, bottom), (left, right)) zeros, in pixels.
+
+  Returns: f32[b,oh,ow,c].
+  """
+  # The mirrored and transposed kernel is never made: a copy of it would take longer than the products.
+  return _filter(images, _transformed(kernel, np.asarray(_TO_KERNEL, np.float32)[:, ::-1]), padding, contracted=2)
+
+
+def _transformed(kernel: Array, matrix: np.ndarray) -> Array:
+  """Matrix k matrix^T of a kernel f32[3,3,c,d]: f32[36,c,d]."""
+  products = jnp.asarray(np.kron(matrix, matrix)) @ kernel.reshape(9, -1)
+  return products.reshape(_INPUTS**2, *kernel.shape[2:])
+
+
+def _filter(images: Array, weights: Array, padding: Padding, contracted: int) -> Array:
+  """Tiles of the images times a transformed kernel, f32[36,...], whose axis `contracted` runs over the channels."""
+  batch, height, width, channels = images.shape
+  rows, columns = height + sum(padding[0]) - 2, width + sum(padding[1]) - 2
+  tall, wide = -(-rows // _TILE), -(-columns // _TILE)
+  padded = _padded(images, padding, tall * _TILE - rows, wide * _TILE - columns, jnp.float32(0.0))
+  inputs = _tiles(_TO_INPUTS, padded, tall, wide).reshape(_INPUTS**2, -1, channels)
+  products = lax.dot_general(inputs, weights, (((2,), (contracted,)), ((0,), (0,))))
+  grid = products.reshape(_INPUTS, _INPUTS, batch, tall, wide, -1)
+  # Stacked after either direction: XLA then writes the sums of the first, and does not make them anew for each of the second.
+  lines = jnp.stack(_combine(_TO_OUTPUTS, grid), axis=3)
+  whole = jnp.stack(_combine(_TO_OUTPUTS, lines), axis=4).reshape(batch, tall * _TILE, wide * _TILE, -1)
+  return whole[:, :rows, :columns]
+
+
+def kernel_gradient(images: Array, cotangent: Array, padding: Padding) -> Array:
+  """Gradient of a 3x3 convolution of stride 1 to its kernel: dk[i,j,c,d] = sum_bhw x[b, h + i - top, w + j - left, c] g[b,h,w,d].
+
+  dk = G^T [sum_tiles (B^T x B) * (A g A^T)] G, the transpose of Eq. (12) in its kernel. XLA makes it a convolution whose window
+  is the whole image, at a half to a quarter of this form's rate.
+
+  Args:
+    images: f32[b,h,w,c].
+    cotangent: f32[b,oh,ow,d], of the convolution's result.
+    padding: ((top, bottom), (left, right)) zeros of the convolution, in pixels.
+
+  Returns: f32[3,3,c,d].
+  """
+  batch, rows, columns, features = cotangent.shape
+  channels = images.shape[3]
+  tall, wide = -(-rows // _TILE), -(-columns // _TILE)
+  below, beside = tall * _TILE - rows, wide * _TILE - columns
+  # A zero made from the cotangent: XLA would otherwise transform the images of all layers before the first product.
+  zero = 0.0 * cotangent[0, 0, 0, 0]
+
+  def summed(x: Array, g: Array) -> Array:
+    """Products of the transformed tiles of some of the images, summed over tiles: f32[36,c,d]."""
+    inputs = _tiles(_TO_INPUTS, _padded(x, padding, below, beside, zero), tall, wide)
+    outputs = _tiles(_FROM_OUTPUTS, _padded(g, ((0, 0), (0, 0)), below, beside, zero), tall, wide)
+    left, right = inputs.reshape(_INPUTS**2, -1, channels), outputs.reshape(_INPUTS**2, -1, features)
+    return lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))))
+
+  # Parts not smaller than the products, which every part adds to, so that a batch of few tiles is not divided.
+  cached = max(_CACHED_PART, 4 * _INPUTS**2 * channels * features)
+  parts = image_parts(batch, 4 * _INPUTS**2 * tall * wide * max(channels, features), cached)
+  products = sum_over_parts(summed, images, cotangent, parts)
+  transform = np.asarray(_TO_KERNEL, np.float32)
+  gradient = jnp.asarray(np.kron(transform, transform).T) @ products.reshape(_INPUTS**2, -1)
+  return gradient.reshape(3, 3, channels, features)
+
+
+def _padded(images: Array, padding: Padding, below: int, beside: int, zero: Array) -> Array:
+  """Images with zeros around them, `below` and `beside` of which fill the last tiles."""
+  (top, bottom), (left, right) = padding
+  return pad_images(images, ((top, bottom + below), (left, right + beside)), zero)
+
+
+def _tiles(matrix: Sequence[Sequence[float]], padded: Array, tall: int, wide: int) -> Array:
+  """Matrix t matrix^T of every tile t: f32[6,6,b,tall,wide,c]."""
+
+  def every_fourth(array: Array, axis: int, start: int, count: int) -> Array:
+    return lax.slice_in_dim(array, start, start + _TILE * (count - 1) + 1, _TILE, axis)
+
+  size = range(len(matrix[0]))
+  # The sums of the first direction are written, once: without a stack XLA makes them anew for each of the second.
+  down = jnp.stack(_combine(matrix, [every_fourth(padded, 1, i, tall) for i in size]))
+  return jnp.stack(_combine(matrix, [every_fourth(down, 3, j, wide) for j in size]), axis=1)
+
+
+def _combine(matrix: Sequence[Sequence[float]], arrays: Sequence[Array] | Array) -> list[Array]:
+  """Matrix @ arrays, with the many zeros left out."""
+  return [
+    functools.reduce(operator.add, (a if m == 1 else m * a for m, a in zip(row, arrays, strict=True) if m))
+    for row in matrix
+  ]
