@@ -16,5 +16,7 @@ def test_an_installed_module_is_returned() -> None:
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setitem(sys.modules, "jinja2", None)  # what Python does with a module that may not be imported
-  with pytest.raises(KwjaxError, match=r"^writing the report needs the package jinja2: pip install \"kwjax\[report\]\""):
+  with pytest.raises(
+    KwjaxError, match=r"^writing the report needs the package jinja2: pip install \"kwjax\[report\]\""
+  ):
     require("jinja2", extra="report", purpose="writing the report")
