@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-
-from jax._src import cloud_tpu_init  # no public name says "Cloud TPU"
+import pathlib
 
 from kwjax.errors import KwjaxError
 
 TPU_METADATA = "the metadata of this Cloud TPU"
+_PCI_DEVICES = pathlib.Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"  # the vendor number of TPU chips
 
 
 def check(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -35,4 +37,11 @@ def detected() -> str | None:
   for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"):
     if "," in os.environ.get(name, ""):
       return name
-  return TPU_METADATA if cloud_tpu_init.running_in_cloud_tpu_vm and "TPU_SKIP_MDS_QUERY" not in os.environ else None
+  return TPU_METADATA if "TPU_SKIP_MDS_QUERY" not in os.environ and _is_cloud_tpu() else None
+
+
+def _is_cloud_tpu() -> bool:
+  """Whether this machine has TPU chips and the library that drives them."""
+  if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
+    return False
+  return any(path.read_text().strip() == _GOOGLE for path in _PCI_DEVICES.glob("*/vendor"))

@@ -3,19 +3,19 @@
 Every process runs the same program. Between two calls of this module they may drift apart; all processes must make these
 calls in the same order. In a plain single process each of them is the identity and costs nothing.
 
-Small values go through the key-value store of JAX's coordination service, not through a device: a process may then wait
-as long as another one works, where a collective would time out.
+Small values go through TCP connections of our own (`kwjax.runtime.watch`), not through a device: a process may then wait as
+long as another one works, where a collective would time out.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
 import json
 import os
 import pathlib
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # no public way leads to the key-value store
 from jax.experimental import multihost_utils
 
 from kwjax.errors import KwjaxError
@@ -39,9 +38,8 @@ _START_SECONDS = 60
 _HEARTBEAT_SECONDS = 45  # of JAX's own service, which ends the process without our sentence if the watch did not
 _SHUTDOWN_SECONDS = 30
 _FILE_SECONDS = 20.0
-_POLL_MS = 60_000
+_OFFER_BYTES = 2048
 
-_numbers = itertools.count()
 _watch: watch.Watch | None = None
 _stopping = False  # agreed upon by all
 
@@ -101,7 +99,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
   finally:
     patience.cancel()
   if count() > 1:
-    _start_watch()
+    _start_watch(coordinator)
 
 
 def _give_up(where: str) -> None:
@@ -122,7 +120,7 @@ def index() -> int:
 
 def is_main() -> bool:
   """Whether this process writes results and speaks to the user: process 0. Touches no device before `initialize`."""
-  return _client() is None or index() == 0
+  return not jax.distributed.is_initialized() or index() == 0
 
 
 def exchange(value: Any) -> list[Any]:
@@ -133,13 +131,9 @@ def exchange(value: Any) -> list[Any]:
   """
   if count() == 1:
     return [value]
-  client, number = _client(), next(_numbers)
-  client.key_value_set(f"kwjax/{number}/{index()}", json.dumps(value))
-  values = [json.loads(_wait_for(f"kwjax/{number}/{i}")) for i in range(count())]
-  # Whoever has met all in this round has read the one before.
-  if number > 0:
-    client.key_value_delete(f"kwjax/{number - 1}/{index()}")
-  return values
+  # A program that has joined its processes itself comes here without `initialize`.
+  link = _watch or _start_watch()
+  return [json.loads(text) for text in link.exchange(json.dumps(value))]
 
 
 def from_main(compute: Callable[[], T]) -> T:
@@ -290,30 +284,24 @@ def wait_for_verdict(seconds: float = 50.0) -> None:
     time.sleep(seconds)
 
 
-def _client() -> Any:
-  """JAX's connection to the coordination service; None in a plain single process."""
-  return distributed.global_state.client
-
-
-def _wait_for(key: str) -> str:
-  while True:
-    try:
-      return _client().blocking_key_value_get(key, _POLL_MS)
-    except jax.errors.JaxRuntimeError as error:
-      if "DEADLINE_EXCEEDED" not in str(error):
-        raise
-      # The other process is alive, or the watch would have ended this one.
-
-
-def _start_watch() -> None:
+def _start_watch(coordinator: str | None = None) -> watch.Watch:
+  """Connects this process to process 0, whose address and password go through the devices."""
   global _watch
-  host = str(distributed.global_state.coordinator_address).rpartition(":")[0].strip("[]")
-  listener, offer = watch.listen() if index() == 0 else (None, None)
-  port, token = exchange(offer)[0]
-  _watch = watch.Watch(
-    index(), count(), watch.accept(listener, token, count()) if listener else watch.connect(host, port, token, index())
-  )
+  offer = {}
+  if index() == 0:
+    listener, (port, token) = watch.listen()
+    hosts = [coordinator.rpartition(":")[0].strip("[]")] if coordinator else []
+    offer = {"machine": socket.gethostname(), "hosts": [*hosts, *watch.own_hosts()], "port": port, "token": token}
+  text = np.frombuffer(json.dumps(offer).encode().ljust(_OFFER_BYTES), np.uint8)
+  offer = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
+  if index() == 0:
+    peers = watch.accept(listener, token, count())
+  else:
+    near = ["localhost"] if offer["machine"] == socket.gethostname() else []
+    peers = watch.connect([*near, *offer["hosts"]], offer["port"], offer["token"], index())
+  _watch = watch.Watch(index(), count(), peers)
   atexit.register(_at_exit)
+  return _watch
 
 
 def _at_exit() -> None:

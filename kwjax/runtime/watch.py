@@ -1,19 +1,24 @@
-"""How the processes of one run notice that one of them is gone, within seconds and without a hang.
+"""The connections between the processes of one run: small values that they exchange, and the end of one of them.
 
-JAX's coordination service notices too, later, and ends the process with a stack trace that names nobody. Here each
-process keeps one TCP connection to process 0, which passes on what it learns: the system closes the connection of a
-killed process at once, and heartbeats tell of a machine that went silent.
+Each process keeps one TCP connection to process 0, which passes on what it learns. Two things go through them.
+
+- Values of `Watch.exchange`. They wait as long as another process works, where a collective on the devices would time out.
+- Signs of life. The system closes the connection of a killed process at once, and heartbeats tell of a machine that went
+  silent, so that all processes end within seconds. JAX's coordination service notices later, and ends the process with a
+  stack trace that names nobody.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import selectors
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
 from kwjax.errors import KwjaxError
 
@@ -24,6 +29,8 @@ _BEAT_SECONDS = 5.0
 _SILENCE_SECONDS = 40.0
 _GRACE_SECONDS = 5.0
 _CONNECT_SECONDS = 30.0
+_READ_BYTES = 1 << 16
+_NOWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))  # addresses kept for documentation
 
 
 def listen() -> tuple[socket.socket, tuple[int, str]]:
@@ -59,18 +66,38 @@ def accept(listener: socket.socket, token: str, count: int) -> dict[int, socket.
   return found
 
 
-def connect(host: str, port: int, token: str, index: int) -> dict[int, socket.socket]:
+def own_hosts() -> list[str]:
+  """Names and addresses under which other machines may reach this one, the likeliest first."""
+  found = []
+  for family, address in _NOWHERE:
+    # Connecting a UDP socket sends nothing; it only picks the interface that leads out.
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+      probe.connect((address, 9))
+      found.append(str(probe.getsockname()[0]))
+  return [*found, socket.gethostname()]
+
+
+def connect(hosts: Sequence[str], port: int, token: str, index: int) -> dict[int, socket.socket]:
   """Connection of this process to process 0.
+
+  Args:
+    hosts: names and addresses of process 0's machine; the first that answers is used.
+    port: of process 0's listening socket.
+    token: its password.
+    index: number of this process.
 
   Raises:
     KwjaxError: it cannot be reached.
   """
-  try:
-    connection = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
-    connection.sendall(f"{token} {index}\n".encode())
-  except OSError as error:
-    raise KwjaxError(f"process {index} cannot reach process 0 at {host}:{port}: {error}") from error
-  return {0: connection}
+  failures = []
+  for host in hosts:
+    try:
+      connection = socket.create_connection((host, port), timeout=_CONNECT_SECONDS / len(hosts))
+      connection.sendall(f"{token} {index}\n".encode())
+      return {0: connection}
+    except OSError as error:
+      failures.append(f"{host}:{port}: {error}")
+  raise KwjaxError(f"process {index} cannot reach process 0 at {'; '.join(failures)}")
 
 
 class Watch:
@@ -87,9 +114,38 @@ class Watch:
     self._index, self._count, self._peers = index, count, peers
     self._stop, self._leaving = threading.Event(), threading.Event()
     self._send_lock = threading.Lock()
+    self._rounds = 0
+    self._arrived = threading.Condition()
+    self._values: dict[int, dict[int, str]] = {}  # in process 0: round -> process -> its value
+    self._results: dict[int, list[str]] = {}  # elsewhere: round -> the values of all
     for connection in peers.values():
       connection.settimeout(_BEAT_SECONDS)
     threading.Thread(target=self._listen, name="kwjax-watch", daemon=True).start()
+
+  def exchange(self, value: str) -> list[str]:
+    """The values of all processes, in their order; returns when all have called it as often as this one.
+
+    Args:
+      value: one line of text.
+    """
+    self._rounds += 1
+    if self._index:
+      self._send(f"value {self._rounds} {value}")
+      with self._arrived:
+        self._arrived.wait_for(lambda: self._rounds in self._results)
+        return self._results.pop(self._rounds)
+    self._keep(self._rounds, 0, value)
+    with self._arrived:
+      self._arrived.wait_for(lambda: len(self._values[self._rounds]) == self._count)
+      found = self._values.pop(self._rounds)
+    values = [found[process] for process in range(self._count)]
+    self._send(f"values {self._rounds} {json.dumps(values)}")
+    return values
+
+  def _keep(self, number: int, process: int, value: str) -> None:
+    with self._arrived:
+      self._values.setdefault(number, {})[process] = value
+      self._arrived.notify_all()
 
   @property
   def stop_announced(self) -> bool:
@@ -135,7 +191,10 @@ class Watch:
         if peer != but:
           # Whoever cannot be reached is found out by the listening end.
           with contextlib.suppress(OSError):
-            connection.sendall(f"{text}\n".encode())
+            try:
+              connection.sendall(f"{text}\n".encode())
+            except TimeoutError:
+              connection.shutdown(socket.SHUT_RDWR)  # half a line was sent: no other may follow it
 
   def _listen(self) -> None:
     heard = dict.fromkeys(self._peers, time.monotonic())
@@ -148,7 +207,7 @@ class Watch:
         for key, _ in selector.select(timeout=_BEAT_SECONDS):
           peer = key.data
           try:
-            data = self._peers[peer].recv(4096).decode(errors="replace")
+            data = self._peers[peer].recv(_READ_BYTES).decode(errors="replace")
           except OSError:
             data = ""
           heard[peer] = time.monotonic()
@@ -173,8 +232,15 @@ class Watch:
 
   def _handle(self, peer: int, line: str) -> bool:
     """Whether the line was the peer's goodbye."""
-    word, _, number = line.partition(" ")
-    if word == "stop":
+    word, _, rest = line.partition(" ")
+    number, _, text = rest.partition(" ")
+    if word == "value":
+      self._keep(int(number), peer, text)
+    elif word == "values":
+      with self._arrived:
+        self._results[int(number)] = json.loads(text)
+        self._arrived.notify_all()
+    elif word == "stop":
       self._stop.set()
       if self._index == 0:
         self._send("stop", but=peer)

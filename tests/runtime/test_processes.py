@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import pathlib
 import signal
 import socket
 import subprocess
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from kwjax.errors import KwjaxError
-from kwjax.runtime import processes, watch
+from kwjax.runtime import launchers, processes, watch
 
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 
@@ -112,12 +114,59 @@ def test_a_stranger_is_not_taken_for_a_process() -> None:
   found: dict[int, socket.socket] = {}
   thread = threading.Thread(target=lambda: found.update(watch.accept(listener, token, 2)))
   thread.start()
-  watch.connect("127.0.0.1", port, "a guess", 1)
-  mine = watch.connect("127.0.0.1", port, token, 1)
+  watch.connect(["127.0.0.1"], port, "a guess", 1)
+  mine = watch.connect(["127.0.0.1"], port, token, 1)
   thread.join(20)
   assert list(found) == [1]
   mine[0].close()
   found[1].close()
+
+
+def test_values_reach_all_in_order_however_long_they_are() -> None:
+  listener, (port, token) = watch.listen()
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    # A first host that refuses: the second one is used.
+    joined = [pool.submit(watch.connect, ["127.0.0.1.invalid", "127.0.0.1"], port, token, i) for i in (1, 2)]
+    ends = [watch.accept(listener, token, 3), *(one.result() for one in joined)]
+    watches = [watch.Watch(i, 3, end) for i, end in enumerate(ends)]
+
+    def rounds(process: int) -> list[list[str]]:
+      return [watches[process].exchange(f'"{process} of round {n} {"x" * size}"') for n, size in ((0, 0), (1, 1 << 20))]
+
+    found = [task.result(60) for task in [pool.submit(rounds, i) for i in (2, 0, 1)]]
+  expected = [[f'"{i} of round {n} {"x" * size}"' for i in range(3)] for n, size in ((0, 0), (1, 1 << 20))]
+  assert found == [expected] * 3
+  for one in watches[::-1]:
+    one.say_goodbye()
+
+
+def test_a_process_zero_that_is_nowhere_is_named_with_what_was_tried() -> None:
+  with pytest.raises(KwjaxError, match=r"^process 1 cannot reach process 0 at 127\.0\.0\.1:1: .*refused"):
+    watch.connect(["127.0.0.1"], 1, "token", 1)
+
+
+@pytest.mark.parametrize(
+  ("vendors", "library", "several"),
+  [(["0x8086", "0x1ae0"], True, True), (["0x1ae0"], False, False), (["0x8086"], True, False)],
+)
+def test_a_cloud_tpu_is_one_with_chips_and_their_library(
+  calls: list[tuple],
+  monkeypatch: pytest.MonkeyPatch,
+  tmp_path: pathlib.Path,
+  vendors: list[str],
+  library: bool,
+  several: bool,
+) -> None:
+  for i, vendor in enumerate(vendors):
+    (tmp_path / f"device{i}").mkdir()
+    (tmp_path / f"device{i}" / "vendor").write_text(f"{vendor}\n")
+  monkeypatch.setattr(launchers, "_PCI_DEVICES", tmp_path)
+  monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+  monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+  if library:
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/libtpu.so")
+  processes.initialize()
+  assert calls == ([(None, None, None)] if several else [])
 
 
 _PROCESS = """
@@ -131,7 +180,7 @@ if index == 0:
   print(port, token, flush=True)
   peers = watch.accept(listener, token, count)
 else:
-  peers = watch.connect("127.0.0.1", port, sys.argv[5], index)
+  peers = watch.connect(["127.0.0.1"], port, sys.argv[5], index)
 w = watch.Watch(index, count, peers)
 print("watching", flush=True)
 sys.stdin.readline()
