@@ -1,30 +1,21 @@
-"""Downloads into a cache: atomic, resumable, checked by hash; `file://` URLs are read in place."""
+"""Downloads into a cache, by the library pooch: a file is there whole and with the right hash, or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import http.client
 import os
 import pathlib
 import re
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, BinaryIO
-
-from tqdm import tqdm
+from typing import Any
 
 from kwjax.errors import WeightsError
+from kwjax.optional import require
 from kwjax.runtime.files import sha256_file
 
-try:
-  import fcntl
-except ImportError:  # Windows: two downloads of one file at once are then not kept apart
-  fcntl = None  # type: ignore[assignment]
-
-CHUNK_BYTES = 1 << 18
 TIMEOUT_SECONDS = 30
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|th|pth\.tar|safetensors)$")
 
@@ -54,20 +45,19 @@ def fetch(
 ) -> pathlib.Path:
   """Local path of what `url` names, downloaded into the cache if it is not there.
 
-  The body goes to a `.part` file, which becomes the cached file only when it is complete and its hash fits. A download
-  that broke off continues where it stopped, if a hash prefix is known to check the result by.
-
   Args:
-    url: `http://`, `https://` or `file://`.
+    url: `http://`, `https://` or `file://`; a `file://` URL is read in place.
     sha256_prefix: first hexadecimal digits of the expected SHA-256; by default those in the file's name, if any.
     cache: folder; by default `cache_folder()`.
     progress: show a progress bar on stderr.
 
   Raises:
     WeightsError: naming the URL: no network, an HTTP error, a body cut off, or a hash that does not fit.
+    KwjaxError: pooch is not installed.
   """
   try:
     parts = urllib.parse.urlsplit(url)
+    _ = parts.port
   except ValueError as error:
     raise WeightsError(f"{url!r} is not a URL: {error}") from error
   if parts.scheme == "file":
@@ -78,24 +68,53 @@ def fetch(
   last = pathlib.PurePosixPath(urllib.parse.unquote(parts.path)).name
   name = re.sub(r"[^A-Za-z0-9._-]", "_", last)[-100:] or "weights"
   folder = (cache or cache_folder()) / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16]
-  target, part = folder / name, folder / f"{name}.part"
+  pooch = require("pooch", extra="download", purpose="a download")
+  requests = require("requests", extra="download", purpose="a download")
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    if target.is_file() and (expected is None or sha256_file(target).startswith(expected)):
-      return target
-    with _locked(part, url) as file:
-      if expected is None:
-        file.truncate(0)
-      _download(url, file, progress, name)
-      _check_hash(file, part, expected, url)
-      os.replace(part, target)
-  except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    if expected and (folder / name).is_file() and not sha256_file(folder / name).startswith(expected):
+      (folder / name).unlink()
+    with _quiet(pooch):
+      found = pooch.retrieve(url, None, name, folder, downloader=_Downloader(pooch, expected, progress))
+  except requests.RequestException as error:
     raise WeightsError(_network_message(url, error)) from error
   except UnicodeError as error:
     raise WeightsError(f"{public_url(url)!r} names no machine that can be looked up") from error
   except OSError as error:
     raise WeightsError(f"cannot keep {public_url(url)} in {folder}: {error.strerror or error}") from error
-  return target
+  return pathlib.Path(found)
+
+
+@contextlib.contextmanager
+def _quiet(pooch: Any) -> Iterator[None]:
+  """Without pooch's own lines, which show the whole URL."""
+  logger = pooch.get_logger()
+  before = logger.level
+  logger.setLevel("WARNING")
+  try:
+    yield
+  finally:
+    logger.setLevel(before)
+
+
+class _Downloader:
+  """Pooch's download over HTTP, and the check of a hash of which only the first digits are known.
+
+  Pooch compares whole hashes only. It calls this with a temporary file, which becomes the cached one unless this raises.
+  """
+
+  def __init__(self, pooch: Any, expected: str | None, progress: bool) -> None:
+    headers = {"User-Agent": "kwjax", "Accept-Encoding": "identity"}
+    self._download = pooch.HTTPDownloader(progressbar=progress, headers=headers, timeout=TIMEOUT_SECONDS)
+    self._expected = expected
+
+  def __call__(self, url: str, output_file: str, pooch: Any, check_only: bool = False) -> None:
+    self._download(url, output_file, pooch, check_only=check_only)
+    found = sha256_file(pathlib.Path(output_file))
+    if self._expected and not found.startswith(self._expected):
+      raise WeightsError(
+        f"the download of {public_url(url)} is damaged or not the expected file: its sha256 should begin "
+        f"with {self._expected}, found {found[: max(16, len(self._expected))]}; it was removed"
+      )
 
 
 def _local(url: str, parts: urllib.parse.SplitResult) -> pathlib.Path:
@@ -109,73 +128,25 @@ def _local(url: str, parts: urllib.parse.SplitResult) -> pathlib.Path:
   return path
 
 
-@contextmanager
-def _locked(part: pathlib.Path, url: str) -> Iterator[BinaryIO]:
-  with open(part, "a+b") as file:
-    if fcntl is not None:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        raise WeightsError(f"another process is downloading {public_url(url)}: wait for it and run again") from None
-    yield file
-
-
-def _download(url: str, file: BinaryIO, progress: bool, name: str) -> None:
-  """Append to `file` what it lacks of the body."""
-  have = file.seek(0, os.SEEK_END)
-  headers = {"User-Agent": "kwjax", "Accept-Encoding": "identity"}
-  if have:
-    headers["Range"] = f"bytes={have}-"
-  quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
-  try:
-    response = urllib.request.urlopen(urllib.request.Request(quoted, headers=headers), timeout=TIMEOUT_SECONDS)
-  except urllib.error.HTTPError as error:
-    if error.code != 416 or not have:
-      raise
-    # Nothing is left to send: the part is complete (its hash decides) or belongs to an older, longer file.
-    return
-  with response:
-    if have and not _continues(response, have):
-      file.truncate(0)
-      have = 0
-    length = response.headers.get("Content-Length")
-    total = have + int(length) if length and length.isdigit() else None
-    with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name, disable=not progress) as bar:
-      while chunk := response.read(CHUNK_BYTES):
-        file.write(chunk)
-        bar.update(len(chunk))
-  file.flush()
-  size = file.seek(0, os.SEEK_END)
-  if total is not None and size != total:
-    raise WeightsError(
-      f"the download of {public_url(url)} was cut off: {size} of {total} bytes arrived; run it again to continue"
-    )
-
-
-def _continues(response: Any, have: int) -> bool:
-  sent = response.headers.get("Content-Range", "")
-  return bool(response.status == 206 and sent.startswith(f"bytes {have}-"))
-
-
-def _check_hash(file: BinaryIO, part: pathlib.Path, expected: str | None, url: str) -> None:
-  file.flush()
-  found = sha256_file(part)
-  if expected is not None and not found.startswith(expected):
-    file.truncate(0)  # nothing of a wrong body may be continued
-    raise WeightsError(
-      f"the download of {public_url(url)} is damaged or not the expected file: its sha256 should begin "
-      f"with {expected}, found {found[: max(16, len(expected))]}; it was removed"
-    )
-
-
-def _network_message(url: str, error: Exception) -> str:
+def _network_message(url: str, error: Any) -> str:
   shown = public_url(url)
-  if isinstance(error, urllib.error.HTTPError):
-    return f"the server answered {error.code} {error.reason} for {shown}"
-  if isinstance(error, http.client.IncompleteRead):
-    return f"the download of {shown} was cut off; run it again to continue"
-  reason = getattr(error, "reason", None) or error
+  if error.response is not None:
+    return f"the server answered {error.response.status_code} {error.response.reason} for {shown}"
+  kind = type(error).__name__
+  if kind == "ChunkedEncodingError":
+    return f"the download of {shown} was cut off; run it again"
+  # The text of the error may repeat the URL with what is secret in it.
   return (
-    f"cannot download {shown}: {reason}; without a network, fetch the file on another machine and give its path "
-    "as the source"
+    f"cannot download {shown}: {_reason(error) or kind}; without a network, fetch the file on another machine and give its "
+    "path as the source"
   )
+
+
+def _reason(error: BaseException | None) -> str | None:
+  """What the operating system said, at the bottom of the chain of errors."""
+  while error is not None:
+    if isinstance(error, OSError) and error.strerror:
+      return error.strerror
+    inner = getattr(error, "reason", None) or (error.args[0] if error.args else None)
+    error = error.__cause__ or error.__context__ or (inner if isinstance(inner, BaseException) else None)
+  return None

@@ -23,7 +23,7 @@ from kwjax.network import Network, load_network
 from kwjax.runtime import processes
 from kwjax.runtime.files import check_settings, read_sealed_json, write_sealed_json
 from kwjax.runtime.parallel import DeviceGroup, device_group
-from kwjax.runtime.workdir import Shutdown, graceful_shutdown
+from kwjax.runtime.workdir import LOCK_FILES, Shutdown, graceful_shutdown
 
 USAGE_ERROR = 2
 _TERMINATED = 128 + signal.SIGTERM
@@ -280,7 +280,7 @@ def _clear(folder: pathlib.Path) -> None:
     KwjaxError: no run wrote there, so what is there belongs to somebody else.
   """
   if not (folder / "settings.json").exists():
-    if any(entry.name != ".lock" for entry in folder.iterdir()):
+    if any(entry.name not in LOCK_FILES for entry in folder.iterdir()):
       raise KwjaxError(f"--no-resume removes results, but {folder} holds none of a run: choose another --workdir")
     return
   for name in ("settings.json", "report.json", "report.html", "tables.csv"):

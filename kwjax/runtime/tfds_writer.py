@@ -17,7 +17,7 @@ from tensorflow_datasets.core import dataset_info, example_serializer, naming
 
 from kwjax.errors import DataError, KwjaxError
 from kwjax.runtime.files import PathLike
-from kwjax.runtime.workdir import lock_workdir
+from kwjax.runtime.workdir import LOCK_FILES, lock_workdir
 
 DESCRIPTION_FILE = "dataset_info.json"
 """The file that makes a folder a data set; it is written last."""
@@ -176,7 +176,7 @@ def temporary_folder(folder: PathLike) -> Iterator[pathlib.Path]:
     for path in held.iterdir():
       if path.is_dir():
         shutil.rmtree(path)
-      elif path.name != ".lock":
+      elif path.name not in LOCK_FILES:
         path.unlink()
     try:
       yield held
@@ -246,7 +246,8 @@ def _check_readable(folder: pathlib.Path, counts: Mapping[str, int]) -> None:
 
 
 def _publish(incomplete: pathlib.Path, folder: pathlib.Path) -> None:
-  (incomplete / ".lock").unlink()
+  for name in LOCK_FILES:
+    (incomplete / name).unlink(missing_ok=True)
   for path in incomplete.iterdir():
     # After a power cut a renamed folder must not hold empty files.
     with path.open("rb") as file:

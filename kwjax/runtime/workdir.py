@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import pathlib
 import signal
@@ -13,18 +11,23 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+import filelock
+
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike
 
 _LOCK_NAME = ".lock"
+_OWNER_NAME = ".lock-owner"  # beside the lock file, which filelock may empty
+LOCK_FILES = frozenset({_LOCK_NAME, _OWNER_NAME})
+"""Names of the files that a lock leaves in a folder."""
 
 
 @contextlib.contextmanager
 def lock_workdir(folder: PathLike) -> Iterator[pathlib.Path]:
   """Holds `folder` for this process alone until the block ends; the folder is made where there is none.
 
-  The lock belongs to the open file (`flock`), not to the file's existence: the kernel drops it with the process, so a
-  run that was killed leaves nothing to clean up. Of several processes of one run, only one may take it.
+  The lock is one of the operating system, not the existence of a file: it ends with the process, so that a killed run
+  leaves nothing to clean up. Of several processes of one run, only one may take it.
 
   Args:
     folder: the run's working folder.
@@ -38,31 +41,31 @@ def lock_workdir(folder: PathLike) -> Iterator[pathlib.Path]:
   folder = pathlib.Path(folder)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    # Opened without truncation: the text inside names the owner for whoever is refused.
-    descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-  except OSError as error:
-    reason = "it is a file" if folder.is_file() else error.strerror
+    lock = filelock.FileLock(folder / _LOCK_NAME, timeout=0, thread_local=False)
+    lock.acquire()
+  except filelock.Timeout:
+    raise KwjaxError(
+      f"{folder} is in use by process {_owner(folder)}: wait for it, stop it, or choose another working folder"
+    ) from None
+  except (OSError, NotImplementedError) as error:
+    reason = "it is a file" if folder.is_file() else getattr(error, "strerror", None) or error
     raise KwjaxError(f"cannot use {folder} as working folder: {reason}") from error
+  owner = folder / _OWNER_NAME
   try:
-    _take(descriptor, folder)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    # The file stays: removing it would let two later runs lock two different files of the same name.
+    with contextlib.suppress(OSError):  # only a message needs it
+      owner.write_text(f"{os.getpid()} on {socket.gethostname()}\n")
     yield folder
   finally:
-    os.close(descriptor)
+    with contextlib.suppress(OSError):
+      owner.unlink(missing_ok=True)
+    lock.release()
 
 
-def _take(descriptor: int, folder: pathlib.Path) -> None:
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError as error:
-    if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-      raise KwjaxError(f"cannot lock {folder}: {error.strerror}") from error
-    owner = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "unknown"
-    raise KwjaxError(
-      f"{folder} is in use by process {owner}: wait for it, stop it, or choose another working folder"
-    ) from error
+def _owner(folder: pathlib.Path) -> str:
+  """Who has written its name beside the lock."""
+  with contextlib.suppress(OSError):
+    return (folder / _OWNER_NAME).read_text(errors="replace")[:300].strip() or "unknown"
+  return "unknown"
 
 
 class Shutdown:

@@ -23,6 +23,7 @@ from kwjax.network_files import DESCRIPTION_FILE, read_description
 from kwjax.quantization import load_integer_weights, load_quantized, save_quantized
 from kwjax.runtime.checkpoint import Checkpoints
 from kwjax.runtime.files import read_sealed_json, write_sealed_json
+from kwjax.runtime.workdir import LOCK_FILES
 from kwjax.synthesis.store import ImageStore
 from tests.end_to_end import jobs
 
@@ -54,7 +55,7 @@ damages = pytest.mark.parametrize("how", DAMAGES)
 def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
   """Every file with content below a folder, by its path from there."""
   return sorted(
-    p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.stat().st_size and p.name != ".lock"
+    p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.stat().st_size and p.name not in LOCK_FILES
   )
 
 
