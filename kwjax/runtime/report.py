@@ -19,7 +19,7 @@ from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike, atomic_write, write_json
 from kwjax.runtime.report_html import render
 from kwjax.runtime.report_parts import Picture as Picture
-from kwjax.runtime.report_parts import Shown, tile_png
+from kwjax.runtime.report_parts import Shown, ShownTile, tile_png
 from kwjax.runtime.report_parts import Tile as Tile
 
 # Keys that every report has, whatever the experiment; a mapping lists the keys inside.
@@ -130,12 +130,12 @@ def write_report(
 
   Raises:
     KwjaxError: as `complete`, a figure cannot be read or is not a PNG, an image is not [h,w,1 or 3], or the files cannot
-      be written.
+      be written; jinja2 is not installed.
   """
   folder = pathlib.Path(workdir)
   full = complete(report)
-  pictures = {name: _shown(found) for name, found in (figures or {}).items()}
-  tiles = [(tile_png(tile), tile.label, len(tile.image)) for tile in images]
+  pictures = [_shown(name, found) for name, found in (figures or {}).items()]
+  tiles = [ShownTile(tile_png(tile), tile.label, len(tile.image)) for tile in images]
   rows = _plain({name: list(table) for name, table in (tables or {}).items()}, "", [])
   page = render(full, pictures, rows, title or f"kwjax report: {network_name(full)}", tiles)
   write_json(folder / "report.json", full)
@@ -190,9 +190,9 @@ def _check_fractions(value: Any, where: str) -> None:
     _check_fractions(item, f"{where}{key}.")
 
 
-def _shown(found: PathLike | Picture) -> Shown:
+def _shown(name: str, found: PathLike | Picture) -> Shown:
   picture = found if isinstance(found, Picture) else Picture(found)
-  return Shown(_png(picture.path), picture.caption, picture.section)
+  return Shown(name, _png(picture.path), picture.caption, picture.section)
 
 
 def _png(path: PathLike) -> bytes:

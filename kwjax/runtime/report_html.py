@@ -1,98 +1,98 @@
-"""The report as one HTML page: results first, then how they came about."""
+"""The report as one HTML page: results first, then how they came about; `templates/` holds the page itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kwjax.analysis.class_balance import images_by_count
+from kwjax.optional import require
+from kwjax.runtime import report_parts
 from kwjax.runtime.evaluate import wilson_interval
-from kwjax.runtime.report_parts import (
-  POLICY,
-  STYLE,
-  Shown,
-  anchor,
-  bars,
-  figure,
-  gallery,
-  number,
-  pairs,
-  percent,
-  rows,
-  section,
-  text,
-)
+from kwjax.runtime.report_parts import Shown, ShownTile, number, percent
 
 _LISTED_CLASSES = 40
 _SETS = {"held_out": "held-out", "eval": "evaluation"}
 _OWN = ("accuracy", "jkl")
-_LINKS = {
-  "Agreement with the float network": "Agreement",
-  "Classes of the images": "Classes",
-  "Similarity to the training data (J_KL)": "Similarity",
-  "Cost of the synthesis": "Cost",
-}
+_FILTERS = ("anchor", "columns", "data_url", "number", "thousands")
+
+
+class _Section(NamedTuple):
+  """A part of the page: heading, the macro of `templates/sections.html` that shows it, what it shows, name in the links."""
+
+  name: str
+  macro: str
+  data: Any
+  short: str = ""
+  is_expected: bool = True  # named among what was not measured if it is absent
 
 
 def render(
   report: Mapping[str, Any],
-  figures: Mapping[str, Shown],
+  figures: Sequence[Shown],
   tables: Mapping[str, Sequence[Mapping[str, Any]]],
   title: str,
-  images: Sequence[tuple[bytes, str, int]] = (),
+  images: Sequence[ShownTile] = (),
 ) -> str:
   """The whole page.
 
   Args:
     report: as `kwjax.runtime.report.complete` returns it.
-    figures: title -> picture.
+    figures: pictures, in the order in which they are shown.
     tables: title -> rows of column name -> value.
     title: heading of the page.
-    images: (PNG, label, height in pixels) of some of the images that were made.
+    images: some of the images that were made.
 
   Returns:
     HTML text with everything inside.
+
+  Raises:
+    KwjaxError: jinja2 is not installed.
   """
-  own = {name: "".join(figure(key, shown) for key, shown in figures.items() if shown.section == name) for name in _OWN}
-  others = "\n".join(figure(key, shown) for key, shown in figures.items() if shown.section not in _OWN)
-  notes = "".join(f"<li>{text(note)}</li>" for note in report.get("notes") or ())
-  candidates = {
-    # The heading of the page need not stand above its only table once more.
-    **{"Table" if name == title else name: rows(found) for name, found in tables.items()},
-    "Accuracy": _results(report) + own["accuracy"],
-    "Agreement with the float network": _agreement(report),
-    "Notes": f"<ul>{notes}</ul>" if notes else "",
-    "Images": _images(report, images),
-    "Classes of the images": _classes(report),
-    "Similarity to the training data (J_KL)": _jkl(report) + own["jkl"],
-    "Figures": others,
-    "Cost of the synthesis": pairs(report["synthesis"]) if report["synthesis"] else "",
-    "Protocol": pairs({"seed": report["seed"], **_as_mapping(report["protocol"])}),
-    "Command": f"<pre>{text(report['command'])}</pre>" if report["command"] is not None else "",
-    "Versions": pairs(_as_mapping(report["versions"])) if report["versions"] else "",
-  }
-  always = ("Notes", "Figures", "Images", "Classes of the images")
-  absent = [name for name, body in candidates.items() if not body and name not in always]
-  if absent:
-    candidates["Not measured"] = f'<p class="missing">Not measured in this run: {text("; ".join(absent))}.</p>'
-  sections = {name: body for name, body in candidates.items() if body}
-  links = "\n".join(f'<a href="#{anchor(name)}">{text(_short(name))}</a>' for name in sections)
-  first = f'<h1>{text(title)}</h1>\n<p class="summary">{text(summary(report, tables))}</p>'
-  head = f'{first}\n<nav aria-label="Sections">\n{links}</nav>'
-  return (
-    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-    f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-    + "\n".join([head, *(section(name, body) for name, body in sections.items())])
-    + "\n</body>\n</html>\n"
+  jinja2 = require("jinja2", extra="report", purpose="the report")
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("kwjax.runtime"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
   )
+  environment.filters |= {name: getattr(report_parts, name) for name in _FILTERS}
+  environment.filters["json"] = report_parts.compact_json
+  sections = _sections(report, figures, tables, title, images)
+  page = environment.get_template("report.html")
+  return str(page.render(title=title, summary=summary(report, tables), sections=sections))
 
 
-def _short(name: str) -> str:
-  """A heading as a link; cut where it is a sentence."""
-  name = _LINKS.get(name, name)
-  return name if len(name) <= 40 else name[:39].rstrip(" ,;:") + "…"
+def _sections(
+  report: Mapping[str, Any],
+  figures: Sequence[Shown],
+  tables: Mapping[str, Sequence[Mapping[str, Any]]],
+  title: str,
+  images: Sequence[ShownTile],
+) -> list[_Section]:
+  own = {name: [shown for shown in figures if shown.section == name] for name in _OWN}
+  others = [shown for shown in figures if shown.section not in _OWN]
+  command = report["command"]
+  candidates = [
+    # The heading of the page need not stand above its only table once more.
+    *(_Section("Table" if name == title else name, "table", list(rows)) for name, rows in tables.items()),
+    _Section("Accuracy", "accuracy", {"rows": _results(report), "figures": own["accuracy"]}),
+    _Section("Agreement with the float network", "agreement", _agreement(report), "Agreement"),
+    _Section("Notes", "notes", report.get("notes"), is_expected=False),
+    _Section("Images", "gallery", _images(report, images), is_expected=False),
+    _Section("Classes of the images", "classes", _classes(report), "Classes", is_expected=False),
+    _Section("Similarity to the training data (J_KL)", "similarity", _similarity(report, own["jkl"]), "Similarity"),
+    _Section("Figures", "figures", others, is_expected=False),
+    _Section("Cost of the synthesis", "pairs", report["synthesis"], "Cost"),
+    _Section("Protocol", "pairs", {"seed": report["seed"], **_as_mapping(report["protocol"])}),
+    _Section("Command", "command", command),
+    _Section("Versions", "pairs", _as_mapping(report["versions"])),
+  ]
+  named = {section.name for section in candidates[: len(tables)]}
+  present = [section for section in candidates if section.data or section.name in named or section.data == ""]
+  absent = [section.name for section in candidates if section not in present and section.is_expected]
+  return [*present, _Section("Not measured", "absent", absent)] if absent else present
 
 
 def summary(report: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> str:
@@ -109,7 +109,7 @@ def summary(report: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str
       data, best = max(((d, v) for b, d, v in last if b == bits), key=lambda item: item[1])
       parts.append(f"{bits} {stage} with {data} images has {percent(best)}")
   if floating.get("top1") is None and (agreeing := _held_out_agreement(report["agreement"])):
-    parts.append(f"the copies agree with the float network on held-out images: {', '.join(agreeing)}")
+    parts.append(f"the quantized networks agree with the float network on held-out images: {', '.join(agreeing)}")
   jkl = report["jkl"] or {}
   if jkl.get("start") is not None and jkl.get("final") is not None:
     parts.append(f"J_KL of the synthesised images went from {number(jkl['start'])} to {number(jkl['final'])}")
@@ -131,17 +131,18 @@ def _holds_a_number(row: Mapping[str, Any]) -> bool:
 
 
 def _held_out_agreement(tree: Any) -> list[str]:
-  """`8w8a 97.50 %` of each copy, with its first set of images, where there is such a number."""
+  """`8w8a 97.50 %` of each quantized network, with its first set of images, where there is such a number."""
   found = []
-  for copy, row in (tree or {}).items() if isinstance(tree, Mapping) else ():
+  for bits, row in (tree or {}).items() if isinstance(tree, Mapping) else ():
     sets = next(iter(row.values()), None) if isinstance(row, Mapping) else None
     held_out = sets.get("held_out") if isinstance(sets, Mapping) else None
     if isinstance(held_out, Mapping) and held_out.get("top1") is not None:
-      found.append(f"{copy} {percent(held_out['top1'])}")
+      found.append(f"{bits} {percent(held_out['top1'])}")
   return found
 
 
-def _results(report: Mapping[str, Any]) -> str:
+def _results(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """A row a network; none without labelled images."""
   floating = _as_mapping(report["float"])
   count = floating.get("count")
   found = [_result_row("float", "", floating, count)]
@@ -150,9 +151,7 @@ def _results(report: Mapping[str, Any]) -> str:
     found += [_result_row(f"{bits}, {stage}", data, result, count) for bits, data, result in leaves]
     if not leaves:
       found.append({"network": stage, "data": "", "top-1": None, "95 % interval": "", "std": "", "seeds": ""})
-  if all(row["top-1"] is None for row in found):
-    return '<p class="missing">Not measured: the run had no labelled images.</p>'
-  return rows(found)
+  return [] if all(row["top-1"] is None for row in found) else found
 
 
 def _result_row(network: str, data: str, result: Mapping[str, Any], count: int | None) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def _leaves(tree: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
         yield bits, data, result
 
 
-def _agreement(report: Mapping[str, Any]) -> str:
+def _agreement(report: Mapping[str, Any]) -> list[dict[str, Any]]:
   tree = report["agreement"]
 
   def walk(value: Any, path: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -203,11 +202,7 @@ def _agreement(report: Mapping[str, Any]) -> str:
       for key, item in value.items():
         yield from walk(item, (*path, str(key)))
 
-  lead = (
-    '<p class="dim">How often a copy gives the same answer, on synthetic images that were held out and on the images of '
-    "the evaluation, if there were some.</p>\n"
-  )
-  return lead + rows(list(walk(tree, ()))) if tree else ""
+  return list(walk(tree, ())) if tree else []
 
 
 def _finite(report: Mapping[str, Any], where: str, value: Any) -> Any:
@@ -217,20 +212,19 @@ def _finite(report: Mapping[str, Any], where: str, value: Any) -> Any:
   return notes[0].removeprefix(prefix).partition(",")[0] if value is None and notes else value
 
 
-def _images(report: Mapping[str, Any], images: Sequence[tuple[bytes, str, int]]) -> str:
+def _images(report: Mapping[str, Any], images: Sequence[ShownTile]) -> dict[str, Any]:
   if not images:
-    return ""
+    return {}
   made = (report["synthesis"] or {}).get("images")
-  of = f" of the {made:,}" if isinstance(made, int) else ""
-  labelled = ", each with what the float network says it shows" if any(label for _, label, _ in images) else ""
-  return f'<p class="dim">The first {len(images)}{of} images that were made{labelled}.</p>\n{gallery(images)}'
+  large = any(image.height > 64 for image in images)
+  return {"images": images, "made": made if isinstance(made, int) else None, "large": large}
 
 
-def _classes(report: Mapping[str, Any]) -> str:
+def _classes(report: Mapping[str, Any]) -> dict[str, Any]:
   """Counts per class; of very many classes the most frequent ones and how many have none, one, two, ... images."""
   found = report.get("classes")
   if not isinstance(found, Mapping) or not isinstance(found.get("counts"), Mapping) or not found["counts"]:
-    return ""
+    return {}
   counts: Mapping[str, int] = found["counts"]
   images, seen = sum(counts.values()), sum(count > 0 for count in counts.values())
   says = [f"The float network puts the {images:,} images into {seen:,} of its {len(counts):,} classes"]
@@ -240,21 +234,15 @@ def _classes(report: Mapping[str, Any]) -> str:
     says.append(f"with a mean probability of {percent(found['confidence'])} for its answer")
   if found.get("aimed") is not None:
     says.append(f"{percent(found['aimed'])} of them are what they were made to be")
-  lead = f"<p>{text(', '.join(says))}.</p>\n"
-  if len(counts) <= _LISTED_CLASSES:
-    return lead + bars(counts)
+  data = {"sentence": f"{', '.join(says)}.", "all": counts if len(counts) <= _LISTED_CLASSES else {}}
   most = dict(sorted(counts.items(), key=lambda item: -item[1])[:10])
-  shape = images_by_count(counts)
-  return (
-    f"{lead}<p class='dim'>The most frequent classes:</p>\n{bars(most)}\n"
-    f"<p class='dim'>Classes by how many images they have:</p>\n{bars(shape)}"
-  )
+  return {**data, "most": most, "by_count": images_by_count(counts)}
 
 
-def _jkl(report: Mapping[str, Any]) -> str:
+def _similarity(report: Mapping[str, Any], figures: Sequence[Shown]) -> dict[str, Any]:
   values = _as_mapping(report["jkl"])
   if not values:
-    return ""
+    return {"shown": {}, "sets": [], "figures": figures} if figures else {}
   layers = values.get("per_layer")
   shown = {key: _finite(report, f"jkl.{key}", values.get(key)) for key in ("start", "final")}
   if isinstance(layers, Mapping):
@@ -267,8 +255,7 @@ def _jkl(report: Mapping[str, Any]) -> str:
     for name, entry in (sets.items() if isinstance(sets, Mapping) else ())
     if isinstance(entry, Mapping)
   ]
-  lead = '<p class="dim">In nats; 0 would be the training data themselves.</p>\n'
-  return lead + pairs(shown) + (rows(compared) if compared else "")
+  return {"shown": shown, "sets": compared, "figures": figures}
 
 
 def _as_mapping(value: Any) -> dict[str, Any]:
