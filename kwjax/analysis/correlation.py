@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,8 @@ def rank_correlation(x: Any, y: Any) -> float | None:
     ValueError: the lengths differ.
   """
   values = np.stack([np.asarray(x, float).reshape(-1), np.asarray(y, float).reshape(-1)])
-  if values.shape[1] < 3:
+  if values.shape[1] < 3 or (np.ptp(values, axis=1) == 0).any():
     return None
-  below, equal = (values[:, :, None] > values[:, None]).sum(2), (values[:, :, None] == values[:, None]).sum(2)
-  ranks = below + equal / 2
-  r, s = ranks - ranks.mean(1, keepdims=True)
-  scale = math.sqrt(float(r @ r) * float(s @ s))
-  return float(r @ s) / scale if scale else None
+  from scipy import stats
+
+  return float(stats.spearmanr(*values).statistic)

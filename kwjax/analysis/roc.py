@@ -33,10 +33,11 @@ def auroc(scores_in: Any, scores_out: Any) -> float:
   for name, scores in (("scores_in", inside), ("scores_out", outside)):
     if not scores.size or np.isnan(scores).any():
       raise DataError(f"{name} needs at least one score and no NaN, found {scores.size}, {np.isnan(scores).sum()} NaN")
-  inside.sort()
-  # Twice the count, in integers: below and not above.
-  below = np.searchsorted(inside, outside, "left") + np.searchsorted(inside, outside, "right")
-  return int(below.sum()) / (2 * inside.size * outside.size)
+  from scipy import stats
+
+  m, n = inside.size, outside.size
+  ranks = stats.rankdata(np.concatenate([outside, inside]))[:n]
+  return float((ranks.sum() - n * (n + 1) / 2) / (m * n))
 
 
 def auroc_interval(area: float, count_in: int, count_out: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -65,19 +66,16 @@ def auroc_interval(area: float, count_in: int, count_out: int, confidence: float
   z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
   mean_count = (count_in + count_out) / 2
 
-  def is_inside(theta: float) -> bool:
+  def excess(theta: float) -> float:
     spread = 1 + (mean_count - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-    return abs(area - theta) <= z * math.sqrt(theta * (1 - theta) * spread / (count_in * count_out))
+    return abs(area - theta) - z * math.sqrt(theta * (1 - theta) * spread / (count_in * count_out))
 
-  return _edge(is_inside, area, 0.0), _edge(is_inside, area, 1.0)
+  from scipy import optimize
 
-
-def _edge(is_inside: Any, inside: float, outside: float) -> float:
-  """Where `is_inside` ends on the way from one number to the other."""
-  for _ in range(60):
-    middle = (inside + outside) / 2
-    inside, outside = (middle, outside) if is_inside(middle) else (inside, middle)
-  return inside
+  # V is 0 at both ends, so that an area of 0 or 1 is a root itself: the search starts a little beside it.
+  low = 0.0 if area == 0 else optimize.brentq(excess, 0.0, area - 1e-12 * area)
+  high = 1.0 if area == 1 else optimize.brentq(excess, area + 1e-12 * (1 - area), 1.0)
+  return low, high
 
 
 def max_softmax(logits: Any) -> jax.Array:

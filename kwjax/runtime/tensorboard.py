@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kwjax.errors import KwjaxError
+from kwjax.optional import require
 from kwjax.runtime.files import PathLike
 from kwjax.runtime.report_parts import Tile, tile_png
 
@@ -160,11 +161,12 @@ def _records(path: pathlib.Path) -> Iterator[bytes]:
 
 
 def _library() -> tuple[Any, Any, Any]:
-  """The synchronous writer, event type and summaries: a queue would lose what it holds when a run is killed."""
-  try:
-    from tensorboardX import summary
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event
-  except ImportError as error:
-    raise KwjaxError('TensorBoard logs need tensorboardX: pip install "kwjax[tensorboard]"') from error
-  return EventsWriter, Event, summary
+  """Synchronous writer, event type and summaries of tensorboardX.
+
+  Its `SummaryWriter` has a queue that `flush` does not empty: what it holds is lost when a run is killed.
+  """
+  summary, files, events = (
+    require(f"tensorboardX.{name}", extra="tensorboard", purpose="a TensorBoard log")
+    for name in ("summary", "event_file_writer", "proto.event_pb2")
+  )
+  return files.EventsWriter, events.Event, summary

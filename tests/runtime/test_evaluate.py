@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from kwjax.errors import DataError, Interrupted, NonFiniteError
 from kwjax.runtime import forwarding
@@ -199,6 +200,11 @@ def test_wilson_interval_against_published_values() -> None:
   low, high = wilson_interval(50, 100, 0.99)
   assert low < wilson_interval(50, 100)[0]
   assert low + high == pytest.approx(1)
+  for successes, count in ((0, 1), (1, 3), (17, 1017), (999, 1000)):
+    found = scipy.stats.binomtest(successes, count).proportion_ci(method="wilson")
+    assert wilson_interval(successes, count) == pytest.approx((found.low, found.high), abs=1e-12)
+  # A mean over seeds is no whole number of images, which scipy refuses.
+  assert wilson_interval(2, 10)[0] < wilson_interval(2.5, 10)[0] < wilson_interval(3, 10)[0]
   for bad in ((-1, 10), (11, 10), (0, 0)):
     with pytest.raises(DataError, match="no interval"):
       wilson_interval(*bad)

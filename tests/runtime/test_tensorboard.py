@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import pathlib
 import struct
+import sys
 from typing import Any
 
 import numpy as np
@@ -99,13 +99,6 @@ def test_what_cannot_be_written_or_read_is_one_sentence(
   with pytest.raises(KwjaxError, match=r"tfevents\.1 is damaged or not a TensorBoard log"):
     EventLog(tmp_path)
 
-  known = builtins.__import__
-
-  def without(name: str, *rest: Any) -> Any:
-    if name.startswith("tensorboardX"):
-      raise ImportError(name)
-    return known(name, *rest)
-
-  monkeypatch.setattr(builtins, "__import__", without)
+  monkeypatch.setitem(sys.modules, "tensorboardX.summary", None)
   with pytest.raises(KwjaxError, match=r'pip install "kwjax\[tensorboard\]"'):
     EventLog(tmp_path / "other")
