@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
-from kwjax.analysis.drawing import DPI, GREY, colour_of, plain_axes, plain_text, save_figure
+from kwjax.analysis.drawing import DPI, GREY, Figure, LogNorm, colour_of, plain_axes, plain_text, save_figure
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike
 

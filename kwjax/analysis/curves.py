@@ -7,11 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from kwjax.analysis.drawing import DPI, GREY, colour_of, plain_axes, plain_text, save_figure
+from kwjax.analysis.drawing import (
+  DPI,
+  GREY,
+  Axes,
+  Figure,
+  FuncFormatter,
+  LogLocator,
+  NullFormatter,
+  colour_of,
+  plain_axes,
+  plain_text,
+  save_figure,
+)
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike
 

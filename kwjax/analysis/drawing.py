@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import pathlib
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from kwjax.errors import KwjaxError
+from kwjax.optional import require
 from kwjax.runtime.files import PathLike
+
+# All modules of figures have matplotlib from here, so that its absence is told in one sentence.
+require("matplotlib", extra="report", purpose="drawing a figure")
+
+from matplotlib.axes import Axes as Axes  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg as FigureCanvasAgg  # noqa: E402
+from matplotlib.colors import ListedColormap as ListedColormap  # noqa: E402
+from matplotlib.colors import LogNorm as LogNorm  # noqa: E402
+from matplotlib.colors import to_rgb as to_rgb  # noqa: E402
+from matplotlib.figure import Figure as Figure  # noqa: E402
+from matplotlib.ticker import FuncFormatter as FuncFormatter  # noqa: E402
+from matplotlib.ticker import LogLocator as LogLocator  # noqa: E402
+from matplotlib.ticker import MaxNLocator as MaxNLocator  # noqa: E402
+from matplotlib.ticker import NullFormatter as NullFormatter  # noqa: E402
 
 DPI = 144
 # Okabe and Ito's colours, told apart by every kind of colour vision.

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from kwjax.analysis.drawing import GREY, colour_of, new_axes, plain_text, save_figure
+from kwjax.analysis.drawing import GREY, Figure, colour_of, new_axes, plain_text, save_figure
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from kwjax.analysis.drawing import DPI, GREY, colour_of, plain_axes, plain_text, save_figure
+from kwjax.analysis.drawing import DPI, GREY, Figure, colour_of, plain_axes, plain_text, save_figure
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike
 

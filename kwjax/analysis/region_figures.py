@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.colors import ListedColormap, to_rgb
-from matplotlib.figure import Figure
 
-from kwjax.analysis.drawing import COLOURS, colour_of, plain_text, save_figure
+from kwjax.analysis.drawing import COLOURS, Figure, ListedColormap, colour_of, plain_text, save_figure, to_rgb
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike
 

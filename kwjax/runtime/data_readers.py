@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-import PIL.Image
 
 from kwjax.errors import DataError
 
@@ -21,9 +20,9 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _IGNORED = (".", "__MACOSX")
 """What the names of files and folders begin with that hold no images of the set."""
 _SPLITS = {"test": ("test",), "validation": ("validation", "val", "valid"), "train": ("train",)}
-# What decoders raise for a damaged or hostile file: PIL OSError, SyntaxError (PNG), ValueError and its error for images
-# of too many pixels; zipfile BadZipFile, zlib.error (an Exception of its own), EOFError, RuntimeError (a password, an
-# unknown compression); NumPy MemoryError for an array that claims to be huge.
+# What decoders raise for a damaged or hostile file: `decode` OSError, SyntaxError (PNG) and ValueError; zipfile
+# BadZipFile, zlib.error (an Exception of its own), EOFError, RuntimeError (a password, an unknown compression); NumPy
+# MemoryError for an array that claims to be huge.
 UNREADABLE = (
   OSError,
   SyntaxError,
@@ -33,7 +32,6 @@ UNREADABLE = (
   zlib.error,
   RuntimeError,
   MemoryError,
-  PIL.Image.DecompressionBombError,
 )
 
 Shape = tuple[int, int, int]
@@ -110,8 +108,13 @@ class FileSource:
 
 def decode(data: bytes, channels: int) -> np.ndarray:
   """Decodes a JPEG, PNG, ... into uint8[h,w,channels], 1 (grey) or 3 (RGB); raises what PIL raises for a bad one."""
-  with PIL.Image.open(io.BytesIO(data)) as image:
-    pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+  import PIL.Image
+
+  try:
+    with PIL.Image.open(io.BytesIO(data)) as image:
+      pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+  except PIL.Image.DecompressionBombError as error:
+    raise ValueError(str(error)) from error  # else an Exception of its own
   return pixels.reshape(*pixels.shape[:2], channels)
 
 
@@ -167,6 +170,8 @@ def _resize_and_crop(pixels: np.ndarray, height: int, width: int, margin: float)
 
 
 def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+  import PIL.Image
+
   # A channel at a time serves any number of channels, and floats keep their precision in mode "F".
   channels = [PIL.Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(pixels.shape[2])]
   bilinear = PIL.Image.Resampling.BILINEAR
@@ -263,7 +268,7 @@ def _class_indices(folders: list[str], num_classes: int | None, place: str) -> d
   if len(set(folders)) != len(folders):
     raise DataError(f"{place} holds two class folders of the same name, {max(folders, key=folders.count)}")
   if num_classes in (None, 1000) and len(folders) < 1000 and all(re.fullmatch(r"n\d{8}", f) for f in folders):
-    import tensorflow_datasets as tfds
+    from kwjax.runtime.tfds import tfds
 
     known = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
     if set(folders) <= set(known):

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from kwjax.errors import DataError
 from kwjax.runtime.data_readers import Shape, Source, decode, fit
+from kwjax.runtime.tfds import tfds
 from kwjax.runtime.tfds_writer import is_data_set
 
 PREPARABLE = ("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn_cropped", "stl10", "imagenet2012")

@@ -12,11 +12,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core import dataset_info, example_serializer, naming
-
 from kwjax.errors import DataError, KwjaxError
 from kwjax.runtime.files import PathLike
+from kwjax.runtime.tfds import dataset_info, example_serializer, naming, tfds
 from kwjax.runtime.workdir import LOCK_FILES, lock_workdir
 
 DESCRIPTION_FILE = "dataset_info.json"

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-import PIL.Image
 
 from kwjax.errors import DataError
 from kwjax.runtime.files import PathLike
@@ -54,8 +53,7 @@ def save_tfds(
     KwjaxError: the folder cannot be written.
   """
   # Two tenths of a second that every other use of kwjax can do without.
-  import tensorflow_datasets as tfds
-
+  from kwjax.runtime.tfds import tfds
   from kwjax.runtime.tfds_writer import DataSetInfo, SplitExamples, write_tfds
 
   images, labels = _checked(samples, encoding)
@@ -101,6 +99,8 @@ def _examples(images: np.ndarray, labels: np.ndarray, encoding: Encoding) -> Ite
 
 
 def _png(image: np.ndarray) -> bytes:
+  import PIL.Image
+
   pixels = np.rint(np.clip(image, 0, 1) * np.float32(255)).astype(np.uint8)
   file = io.BytesIO()
   PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "png")

@@ -18,7 +18,8 @@ pytest.importorskip("build", reason="needs the extra test")
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PACKAGES = ("kwjax", "weights_conversion", "experiments", "benchmarks")
+PACKAGES = ("kwjax", "weights_conversion")
+PAGES = ("report.html", "sections.html", "parts.html", "report.css")
 
 
 class Built(NamedTuple):
@@ -70,11 +71,9 @@ def test_the_wheel_holds_every_module_and_nothing_else(built: Built) -> None:
   found = set(contents(built.wheel))
   sources = {p.relative_to(built.copy).as_posix() for name in PACKAGES for p in (built.copy / name).rglob("*.py")}
   assert len(sources) > 100
-  notebooks = {f"experiments/notebooks/{p.name}" for p in (built.copy / "experiments" / "notebooks").glob("*.ipynb")}
-  assert notebooks
   data = {name for name in found if ".dist-info/" not in name} - sources
   assert sources <= found
-  assert data == notebooks | {"kwjax/py.typed"}
+  assert data == {"kwjax/py.typed", *(f"kwjax/runtime/templates/{name}" for name in PAGES)}
   (info,) = {name.split("/")[0] for name in found if ".dist-info/" in name}
   assert f"{info}/licenses/LICENSE" in found
   assert contents(built.wheel)[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
@@ -94,16 +93,18 @@ def test_the_installed_wheel_works_from_another_folder(built: Built, tmp_path: p
   run("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(built.wheel), cwd=tmp_path)
   elsewhere = tmp_path / "elsewhere"
   elsewhere.mkdir()
-  check = "import kwjax, experiments, weights_conversion, benchmarks, importlib.metadata as m; "
-  check += "print(*(p.__file__ for p in (kwjax, experiments, weights_conversion, benchmarks)), sep='\\n'); "
+  check = "import kwjax, weights_conversion, importlib.metadata as m; from kwjax.runtime.report import write_report; "
+  check += "write_report({'network': 'net', 'command': 'as <installed>'}, '../report'); "
+  check += "print(*(p.__file__ for p in (kwjax, weights_conversion)), sep='\\n'); "
   check += "print(kwjax.__version__, m.version('kwjax'))"
   *files, versions = run("-c", check, cwd=elsewhere, site=site).splitlines()
   assert all(pathlib.Path(file).is_relative_to(site) for file in files)
+  assert "as &lt;installed&gt;" in (tmp_path / "report" / "report.html").read_text()
   with zipfile.ZipFile(built.wheel) as archive:
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     version = HeaderParser().parsestr(archive.read(metadata).decode())["Version"]
   assert versions == f"{version} {version}"
 
   assert run("-m", "kwjax", "--version", cwd=elsewhere, site=site).startswith(f"kwjax {version}\n")
-  assert "--eval-data" in run("-m", "experiments.cifar_bns", "--help", cwd=elsewhere, site=site)
+  assert "--source" in run("-m", "weights_conversion", "--help", cwd=elsewhere, site=site)
   assert not list(elsewhere.iterdir())

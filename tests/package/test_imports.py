@@ -14,8 +14,8 @@ import kwjax
 
 # Each takes about as long to import as Flax, or is optional.
 HEAVY = (
-  *("matplotlib", "jinja2", "PIL", "tyro", "tqdm", "pooch", "requests", "tensorflow_datasets", "orbax", "scipy.stats"),
-  *("torch", "onnx", "onnxruntime", "flatbuffers", "huggingface_hub", "tensorboardX", "mkdocs"),
+  *("matplotlib", "jinja2", "PIL", "tyro", "pooch", "requests", "tensorflow_datasets", "orbax", "scipy.stats"),
+  *("torch", "onnx", "onnxruntime", "huggingface_hub", "tensorboardX", "mkdocs"),
 )
 
 

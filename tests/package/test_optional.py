@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -20,3 +21,18 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     KwjaxError, match=r"^writing the report needs the package jinja2: pip install \"kwjax\[report\]\""
   ):
     require("jinja2", extra="report", purpose="writing the report")
+
+
+@pytest.mark.parametrize(
+  ("package", "module", "extra"),
+  [
+    ("matplotlib", "kwjax.analysis.figures", "report"),
+    ("importlib_resources", "kwjax.runtime.data_tfds", "tfds"),
+    ("array_record", "kwjax.runtime.tfds_writer", "tfds"),
+  ],
+)
+def test_modules_that_need_an_extra_name_it(package: str, module: str, extra: str) -> None:
+  code = f"import sys; sys.modules[{package!r}] = None; import {module}"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+  last = done.stderr.splitlines()[-1]
+  assert f'needs the package {package}: pip install "kwjax[{extra}]"' in last

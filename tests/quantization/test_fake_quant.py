@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,24 +55,40 @@ def test_no_gradient_to_the_grid():
     np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
-def test_same_under_jit_vmap_pmap_and_with_traced_limits():
-  x = jax.random.normal(jax.random.key(1), (5, 7, 4))
-  scale, zero = jnp.linspace(0.05, 0.2, 4), jnp.arange(4.0) + 4
-  run = lambda v, s, z, low, high: fake_quant(v, s, z, low, high)
-  expected = run(x, scale, zero, 0, 15)
-  grad = lambda f: jax.grad(lambda v: jnp.sum(jnp.sin(f(v))))(x)
-  expected_gradient = grad(lambda v: run(v, scale, zero, 0, 15))
-  forms = {
-    "jit": lambda v: jax.jit(run, static_argnums=(3, 4))(v, scale, zero, 0, 15),
-    "traced limits": lambda v: jax.jit(run)(v, scale, zero, 0, 15),
-    "vmap": lambda v: jax.vmap(run, (0, None, None, None, None))(v, scale, zero, 0, 15),
-    "vmap over channels": lambda v: jax.vmap(run, (2, 0, 0, None, None), 2)(v, scale, zero, 0, 15),
-    "pmap": lambda v: jax.pmap(lambda w: run(w, scale, zero, 0, 15))(v[None])[0],
-    "remat": lambda v: jax.checkpoint(lambda w: run(w, scale, zero, 0, 15))(v),
-  }
-  for name, form in forms.items():
-    np.testing.assert_array_equal(form(x), expected, err_msg=name)
-    np.testing.assert_allclose(grad(form), expected_gradient, rtol=1e-6, atol=1e-7, err_msg=name)
+class EachWay(chex.TestCase):
+  """One value and one gradient, however the function is transformed."""
+
+  @chex.all_variants
+  def test_value_and_gradient_are_those_of_the_reference(self):
+    x = np.asarray(jax.random.normal(jax.random.key(1), (5, 7, 4)))
+    scale, zero = np.linspace(0.05, 0.2, 4, dtype=np.float32), np.arange(4, dtype=np.float32) + 4
+
+    @self.variant(n_devices=2)
+    def run(x, scale, zero, low, high):
+      value, pullback = jax.vjp(lambda v: fake_quant(v, scale, zero, low, high), x)
+      return value, pullback(jnp.cos(x))[0]
+
+    value, gradient = run(x, scale, zero, 0, 15)
+    np.testing.assert_allclose(value, reference(x, scale, zero, 0, 15), rtol=1e-6, atol=1e-7)
+    position = np.round(x / scale + zero)
+    np.testing.assert_allclose(gradient, np.where((position >= 0) & (position <= 15), np.cos(x), 0), rtol=1e-6)
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_same_under_vmap_and_remat(self):
+    x = jax.random.normal(jax.random.key(1), (5, 7, 4))
+    scale, zero = jnp.linspace(0.05, 0.2, 4), jnp.arange(4.0) + 4
+    run = lambda v, s, z: fake_quant(v, s, z, 0, 15)
+    forms = {
+      "vmap": jax.vmap(run, (0, None, None)),
+      "vmap over channels": jax.vmap(run, (2, 0, 0), 2),
+      "remat": jax.checkpoint(run),
+    }
+    gradient = lambda f: jax.grad(lambda v: jnp.sum(jnp.sin(f(v, scale, zero))))(x)
+    expected, expected_gradient = run(x, scale, zero), gradient(run)
+    for name, form in forms.items():
+      np.testing.assert_array_equal(self.variant(form)(x, scale, zero), expected, err_msg=name)
+      found = gradient(self.variant(form))
+      np.testing.assert_allclose(found, expected_gradient, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
 def test_bfloat16_is_rounded_in_float32():
