@@ -52,7 +52,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-  """mypy over the packages, the experiments and the benchmarks."""
+  """Types of the packages, the experiments and the benchmarks, by mypy."""
   session.install("-e", ".[test]")
   session.run("mypy")
 
