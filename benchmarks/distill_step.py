@@ -45,23 +45,22 @@ def build(name: str, arguments: argparse.Namespace) -> harness.Spec:
 def prepare_kwjax(spec: harness.Spec, teacher: Network, group: DeviceGroup) -> Callable[[], None]:
   """A function that runs one step and waits for it."""
   from kwjax.distillation import distill_step, initial_state
+  from kwjax.runtime.parallel import padding_weights
 
   config, batch = _config(spec), spec["batch"]
   state = group.replicate(initial_state(kwjax_student(spec, teacher), config))
-  # Padding, where the batch does not divide over the devices, has weight zero.
+  # Padding, where the batch does not divide over the devices, has weight zero in the step.
   images = group.shard(noise_images(group.padded(batch), spec["image_size"]))
-  weights = group.weights(batch)
-  weights = None if weights is None else group.place(weights)
   teacher = group.replicate(teacher)
 
-  def one_step(state: Any, images: Any, teacher: Any, weights: Any, axis_name: str | None) -> Any:
-    return distill_step(state, images, teacher, config, weights, axis_name)
+  def one_step(state: Any, images: Any, teacher: Any, axis_name: str | None) -> Any:
+    return distill_step(state, images, teacher, config, padding_weights(batch, axis_name), axis_name)
 
   step = group.compile(one_step, donate=(0,))
 
   def run() -> None:
     nonlocal state
-    state, metrics = step(state, images, teacher, weights)
+    state, metrics = step(state, images, teacher)
     metrics["loss"].block_until_ready()
 
   return run

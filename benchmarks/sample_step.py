@@ -47,19 +47,17 @@ def prepare_kwjax(spec: harness.Spec, network: Network, group: DeviceGroup) -> C
   config = SynthesisConfig.for_network("bns", spec["image_size"])
   config = config.replace(batch_size=spec["batch"], duplicates=spec["duplicates"])
   key = jax.random.key(0)
-  # Padding, where the batch does not divide over the devices, has weight zero.
+  # Padding, where the batch does not divide over the devices, has weight zero in the step.
   padded = group.padded(spec["batch"])
   state = initial_state(config, initial_images(config, key, padded, network.image_shape))
   state = jax.tree.map(lambda leaf: group.shard(leaf) if leaf.ndim else group.replicate(leaf), state)
   labels = group.shard(jax.numpy.zeros(padded, "int32"))
-  weights = group.weights(spec["batch"])
-  weights = None if weights is None else group.place(weights)
   network, key = group.replicate(network), group.replicate(key)
-  step = compiled_step(config, group)
+  step = compiled_step(config, group, spec["batch"])
 
   def run() -> None:
     nonlocal state
-    state, metrics = step(state, labels, network, key, weights)
+    state, metrics = step(state, labels, network, key)
     metrics["loss"].block_until_ready()
 
   return run

@@ -73,8 +73,8 @@ def prepare(name: str, batch: int, devices: int) -> tuple[Callable[[], None], Co
   state = initial_state(config, initial_images(config, jax.random.key(1), batch, info.image_shape))
   placed = jax.tree.map(lambda leaf: group.shard(leaf) if np.ndim(leaf) else group.replicate(leaf), state)
   labels = group.shard(np.zeros(batch, np.int32))
-  rest = (labels, group.replicate(network), group.replicate(jax.random.key(2)), None)
-  step: Any = compiled_step(config, group)
+  rest = (labels, group.replicate(network), group.replicate(jax.random.key(2)))
+  step: Any = compiled_step(config, group, batch)
   compiled = step.lower(placed, *rest).compile()
 
   def run() -> None:

@@ -102,13 +102,13 @@ def optimize(
 
   found = Run([], [Point(0, 0.0, 0.0, clean())], 0.0, np.empty(0))
   begin = time.perf_counter()
-  step: Any = compiled_step(config, group)
-  step = step.lower(placed, labels, network, rest, None).compile()
+  step: Any = compiled_step(config, group, config.batch_size)
+  step = step.lower(placed, labels, network, rest).compile()
   compile_seconds = time.perf_counter() - begin
   seconds = cpu_seconds = 0.0
   for done in range(1, (config.steps if steps is None else steps) + 1):
     begin, cpu_begin = time.perf_counter(), time.process_time()
-    placed, metrics = step(placed, labels, network, rest, None)
+    placed, metrics = step(placed, labels, network, rest)
     jax.block_until_ready(placed)
     seconds, cpu_seconds = seconds + time.perf_counter() - begin, cpu_seconds + time.process_time() - cpu_begin
     found.views.append(Point(done, seconds, cpu_seconds, float(metrics["jkl"])))

@@ -43,14 +43,13 @@ from kwjax.quantization import (
 )
 from kwjax.runtime.data import load_data
 from kwjax.runtime.evaluate import Accuracy, Agreement, agreement, evaluate
+from kwjax.sources import Batch, FixedSet, FreshNoise, Pixels, Source
 from kwjax.synthesis import (
   Augmentation,
   Objective,
   SampleSet,
   SynthesisConfig,
   dead_leaves,
-  fresh_dead_leaves,
-  fresh_gaussian,
   gaussian_images,
   save_tfds,
   synthesis_loss,
@@ -68,11 +67,15 @@ __all__ = [
   "Agreement",
   "Allocation",
   "Augmentation",
+  "Batch",
   "DistillConfig",
+  "FixedSet",
+  "FreshNoise",
   "KwjaxError",
   "Moments",
   "Network",
   "Objective",
+  "Pixels",
   "QTensor",
   "QuantRules",
   "QuantizedNetwork",
@@ -80,6 +83,7 @@ __all__ = [
   "SampleSet",
   "ScoreReference",
   "Similarity",
+  "Source",
   "SynthesisConfig",
   "adjust_statistics",
   "agreement",
@@ -103,8 +107,6 @@ __all__ = [
   "fgsm",
   "fgsm_images",
   "fit_scores",
-  "fresh_dead_leaves",
-  "fresh_gaussian",
   "gaussian_images",
   "gaussian_kl",
   "get_model",

@@ -15,11 +15,12 @@ from experiments._harness.common import say
 from experiments._harness.image_sets import digest, identity, short_name
 from experiments._harness.stages import DISTILL_KEY, GAUSSIAN_KEY, Site
 from kwjax.batchnorm import adjust_statistics, current_layers, observing
-from kwjax.distillation import Augment, DistillConfig, distill
+from kwjax.distillation import DistillConfig, distill
 from kwjax.models import get_model
 from kwjax.network import Network
 from kwjax.runtime.data import ImageData
-from kwjax.synthesis import dead_leaves, fresh_dead_leaves, fresh_gaussian, gaussian_images
+from kwjax.sources import FreshNoise
+from kwjax.synthesis import dead_leaves, gaussian_images
 from kwjax.training import initial_variables
 
 GAUSSIAN, DEAD_LEAVES = NOISES = ("gaussian", "dead_leaves")
@@ -156,11 +157,11 @@ class Recipe:
     channels = teacher.image_shape[2]
     return (_PIXEL_MEAN,) * channels, (_PIXEL_STD,) * channels, True
 
-  def _fresh(self, teacher: Network) -> Augment:
+  def _fresh(self, teacher: Network) -> FreshNoise:
     if self.noise == DEAD_LEAVES:
-      return fresh_dead_leaves(shapes=self.shapes)
+      return FreshNoise.dead_leaves(teacher.image_shape, shapes=self.shapes)
     mean, std, clip = self._gaussian(teacher)
-    return fresh_gaussian(mean, std, clip=clip)
+    return FreshNoise.gaussian(teacher.image_shape, mean, std, clip=clip)
 
   def _pool(self, site: Site, count: int, seed: int) -> np.ndarray:
     """f32[n,h,w,c], or u8 for dead leaves, whose colours are in [0, 1]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -12,14 +12,10 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from kwjax.distillation.mixup import Mixup
 from kwjax.errors import KwjaxError
-
-Augment = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(key, images f32[b,h,w,c] in [0,1]) -> the same shape`; called with one image at a time, each with its own key.
-
-Two functions count as the same in a resumed run if their names agree, or, of an object with a method `to_json`, what that
-returns."""
+from kwjax.sources.base import described
+from kwjax.sources.mixup import Mixup
+from kwjax.sources.plan import Augment
 
 Schedule = Literal["cosine", "constant", "plateau"]
 SCHEDULES = typing.get_args(Schedule)
@@ -27,12 +23,21 @@ SCHEDULES = typing.get_args(Schedule)
 # Where they decide only when the host looks or what memory holds; a run may be resumed with others.
 _WITHOUT_EFFECT = ("log_every", "checkpoint_every", "resident_bytes")
 # Left out of the settings at their defaults: runs from before they existed go on.
-_ADDED = ("algorithm", "current", "schedule", "plateau_factor", "plateau_patience", "plateau_steps", "iq_reduction")
+_ADDED = (
+  "algorithm",
+  "current",
+  "schedule",
+  "plateau_factor",
+  "plateau_patience",
+  "plateau_steps",
+  "iq_reduction",
+  "target_weight",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-  """How a student is trained; loss = kl_weight * KL + iq_weight * IQ.
+  """How a student is trained; loss = kl_weight * KL + iq_weight * IQ + target_weight * CE.
 
   Attributes:
     steps: SGD steps.
@@ -55,16 +60,18 @@ class DistillConfig:
     iq_weight: beta of Algorithm 2; 0 leaves the stages out.
     iq_reduction: over the elements of a stage, "mean" or "sum". With the mean the published weight of 1e-3 has 4e-5 of the
       length of KL's gradient and no effect; with the sum ResNet-20 at 2w4a on 100 images gains 13 points in 300 steps.
-    stages: modules whose outputs IQ compares; None: those of `stage_outputs`, if there are any.
-    mixup: how inputs are mixed, or None.
+    stages: modules whose outputs IQ compares; None: those of `stage_outputs`, if there are any. A stage is a group of
+      residual blocks of one spatial size, named by its last block.
+    target_weight: weight of the cross-entropy of the student to the targets that came with the images; 0 leaves them out.
+    mixup: how the images of a set are mixed, or None; a `Source` says itself what it draws.
     batch_norm: "train": the student normalizes with the statistics of the batch over all devices, and its running ones
       follow with each layer's own momentum. "frozen": it normalizes with the running ones, which stay as they are; the
       paper's choice for Gaussian images, whose statistics are not those of the data. Gradients are then far larger: a
       ResNet-20 at 2w4a learns at 0.01 with "train", collapses at 0.01 and learns at 0.001 with "frozen".
     current: paths or regular expressions of the teacher's BatchNorm layers that use the statistics of the batch over all
       devices instead of their running ones; (".*",) is what distillation from noise needs, see `current_layers`.
-    augment: applied to each image before mixing, or None; a function that is a module's attribute, so that a resumed
-      run can tell that it is the same one.
+    augment: applied to each image of a set before mixing, or None; a function that is a module's attribute, so that a
+      resumed run can tell that it is the same one. None for a `Source`.
     log_every: steps between two looks at the metrics; the host waits for the device there only.
     checkpoint_every: steps between checkpoints, where there is a working folder.
     resident_bytes: image sets up to this size are held on the devices (the sum of their copies), larger ones on
@@ -88,6 +95,7 @@ class DistillConfig:
   iq_weight: float = 1e-3
   iq_reduction: Literal["mean", "sum"] = "mean"
   stages: tuple[str, ...] | None = None
+  target_weight: float = 0.0
   mixup: Mixup | None = None
   batch_norm: Literal["train", "frozen"] = "train"
   current: tuple[str, ...] = ()
@@ -110,11 +118,11 @@ class DistillConfig:
         raise KwjaxError(f"{name} must be positive, found {getattr(self, name)}")
     if not 0.0 < self.plateau_factor < 1.0:
       raise KwjaxError(f"plateau_factor must lie between 0 and 1, found {self.plateau_factor}")
-    for name in ("kl_weight", "iq_weight", "weight_decay", "momentum", "plateau_patience"):
+    for name in ("kl_weight", "iq_weight", "target_weight", "weight_decay", "momentum", "plateau_patience"):
       if not getattr(self, name) >= 0.0:
         raise KwjaxError(f"{name} must not be negative, found {getattr(self, name)}")
-    if self.kl_weight == 0.0 and self.iq_weight == 0.0:
-      raise KwjaxError("kl_weight and iq_weight are both 0: there is nothing to learn from")
+    if self.kl_weight == self.iq_weight == self.target_weight == 0.0:
+      raise KwjaxError("kl_weight, iq_weight and target_weight are all 0: there is nothing to learn from")
     if self.batch_norm not in ("train", "frozen"):
       raise KwjaxError(f"unknown batch_norm {self.batch_norm!r}; known: train, frozen")
     if self.iq_reduction not in ("mean", "sum"):
@@ -190,7 +198,7 @@ class DistillConfig:
     """The settings that decide the result, JSON-able; functions by name."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _WITHOUT_EFFECT}
     fields["mixup"] = None if self.mixup is None else dataclasses.asdict(self.mixup)
-    fields["augment"] = None if self.augment is None else _function_settings(self.augment)
+    fields["augment"] = described(self.augment)
     defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in _ADDED}
     return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
 
@@ -211,13 +219,6 @@ def warmup_cosine(peak: float, steps: int, warmup_steps: int) -> optax.Schedule:
 def warmup_constant(peak: float, warmup_steps: int) -> optax.Schedule:
   """Step -> learning rate: peak (t + 1) / (w + 1) for t < w, as in `warmup_cosine`, and the peak from t = w on."""
   return optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
-
-
-def _function_settings(function: Augment) -> Any:
-  if hasattr(function, "to_json"):
-    return function.to_json()
-  named = function if hasattr(function, "__qualname__") else getattr(function, "func", type(function))
-  return f"{named.__module__}.{named.__qualname__}"
 
 
 _PAPER = {"batch_size": 256, "learning_rate": 0.1, "mixup": Mixup(lam=0.5)}

@@ -1,7 +1,11 @@
-"""Algorithm 2: one step of training a student on a batch; pure, for one device and for many."""
+"""Algorithm 2: one step of training a student on a batch; pure, for one device and for many.
+
+A stage is a group of residual blocks of one spatial size, whose output feature maps are compared.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import flax.linen as nn
@@ -16,6 +20,7 @@ from kwjax.batchnorm.normalize import running_moments
 from kwjax.distillation.config import DistillConfig
 from kwjax.distillation.features import recorded_features, recording_features, resolve_stages
 from kwjax.distillation.losses import kl_divergence, stage_losses
+from kwjax.errors import KwjaxError
 from kwjax.intercept import Forwardable
 from kwjax.kernels.convolution import fewer_products
 from kwjax.network import ApplyFn, Array, Variables
@@ -53,11 +58,54 @@ class DistillState(NamedTuple, Generic[Student]):
   bad_term: Array
 
 
-def initial_state(student: Student, config: DistillConfig) -> DistillState[Student]:
+class HasOptimizer(Protocol):
+  """A configuration that says how parameters are updated."""
+
+  def optimizer(self) -> optax.GradientTransformation:
+    """Of the gradient of all parameters."""
+    ...
+
+
+def initial_state(student: Student, config: HasOptimizer) -> DistillState[Student]:
   """State before the first step; it holds copies, because a step may reuse the memory of the state it is given."""
   student = jax.tree.map(jnp.array, student)
   optimizer = config.optimizer().init(student.variables["params"])
   return DistillState(jnp.int32(0), student, optimizer, jnp.int32(-1), jnp.int32(0))
+
+
+def next_state(
+  state: DistillState[Student],
+  config: HasOptimizer,
+  loss: Array,
+  gradient: Any,
+  batch_stats: Any,
+  watched: Sequence[Array],
+) -> DistillState[Student]:
+  """State after a step, and what of it was not finite.
+
+  Args:
+    state: before the step.
+    config: says how parameters are updated.
+    loss: f32[], the same on every device; a plateau watches it.
+    gradient: of the parameters, the same on every device.
+    batch_stats: running statistics after the batch, or an empty collection.
+    watched: f32[] each, what is checked to be finite, in the order of the run's terms.
+  """
+  params = state.student.variables["params"]
+  rule = optax.with_extra_args_support(config.optimizer())
+  updates, optimizer = rule.update(gradient, state.optimizer, params, value=loss)
+  variables = {**state.student.variables, "params": optax.apply_updates(params, updates)}
+  if "batch_stats" in variables:
+    variables["batch_stats"] = batch_stats
+  is_bad = ~jnp.isfinite(jnp.stack(watched))
+  first_time = jnp.any(is_bad) & (state.bad_step < 0)
+  return DistillState(
+    step=state.step + 1,
+    student=state.student.replace(variables=variables),
+    optimizer=optimizer,
+    bad_step=jnp.where(first_time, state.step, state.bad_step),
+    bad_term=jnp.where(first_time, jnp.argmax(is_bad).astype(jnp.int32), state.bad_term),
+  )
 
 
 def watched_terms(stages: tuple[str, ...]) -> tuple[str, ...]:
@@ -114,10 +162,11 @@ def distill_loss(
   teacher_features: dict[str, Array],
   config: DistillConfig,
   weights: Array | None = None,
+  targets: Array | None = None,
   *,
   axis_name: str | None = None,
 ) -> tuple[Array, tuple[Array, dict[str, Array], Array, Any]]:
-  """kl_weight * KL + iq_weight * IQ of one batch.
+  """kl_weight * KL + iq_weight * IQ + target_weight * CE of one batch.
 
   Args:
     params: parameters to differentiate by, in place of the student's own.
@@ -127,6 +176,7 @@ def distill_loss(
     teacher_features: `{stage: f32[b,h,w,c]}`, empty without IQ.
     config: weights of the terms, temperature and mode of BatchNorm.
     weights: f32[b] of this device's images: 1 counts, 0 is padding. None: all count.
+    targets: soft labels f32[b,k]; needed where `config.target_weight` is not 0.
     axis_name: mapped axis of the devices.
 
   Returns:
@@ -135,7 +185,7 @@ def distill_loss(
     batch_stats after the batch)`: the terms are this device's own.
 
   Raises:
-    KwjaxError: with weights, the input of a BatchNorm layer or a stage does not have the images along its leading axis.
+    KwjaxError: targets are missing, or, with weights, the input of a BatchNorm layer or a stage does not have the images along its leading axis.
   """
   trains = config.batch_norm == "train"
   apply = track_statistics(student.forward, axis_name) if trains else observing(student.forward, record_moments=False)
@@ -146,10 +196,28 @@ def distill_loss(
   stages = stage_losses(recorded_features(mutated), teacher_features, weights=weights, reduction=config.iq_reduction)
   kl = kl_divergence(logits, teacher_logits, temperature=config.temperature, weights=weights)
   loss = config.kl_weight * kl + config.iq_weight * sum(stages.values(), jnp.float32(0.0))
+  if config.target_weight > 0.0:
+    loss = loss + config.target_weight * target_loss(logits, targets, weights)
   if weights is not None:
     loss = parallel.mean(loss, axis_name, parallel.weight_share(weights, axis_name))
   batch_stats = variables.get("batch_stats", {})
   return loss, (kl, stages, logits, updated_statistics(batch_stats, mutated) if trains else batch_stats)
+
+
+def target_loss(logits: Array, targets: Array | None, weights: Array | None = None) -> Array:
+  """Cross-entropy to soft labels, -sum_j y_j log softmax(s)_j, averaged over the batch; f32[].
+
+  Args:
+    logits: f32[b,k].
+    targets: f32[b,k]; a row of zeros is an image without a target and adds nothing.
+    weights: f32[b] for a weighted mean over the batch, or None.
+
+  Raises:
+    KwjaxError: there are no targets.
+  """
+  if targets is None:
+    raise KwjaxError("target_weight is not 0, and the images come without targets")
+  return parallel.weighted_mean(optax.softmax_cross_entropy(logits, targets), weights)
 
 
 def distill_step(
@@ -159,6 +227,8 @@ def distill_step(
   config: DistillConfig,
   weights: Array | None = None,
   axis_name: str | None = None,
+  *,
+  targets: Array | None = None,
 ) -> tuple[DistillState[Student], dict[str, Array]]:
   """One step of Algorithm 2: teacher forward, student forward and backward, SGD or Adam, running statistics.
 
@@ -172,13 +242,16 @@ def distill_step(
     config: what to optimize and how.
     weights: f32[b] of this device's images: 1 counts, 0 is padding, which may be any finite image. None: all count.
     axis_name: mapped axis of the devices.
+    targets: soft labels f32[b,k] of the images; needed where `config.target_weight` is not 0.
 
   Returns:
     The next state and metrics f32[], averaged over devices: loss, kl, iq, agreement (share of images on which both
-    networks choose the same class), gradient_norm, learning_rate.
+    networks choose the same class), gradient_norm, learning_rate; target (the cross-entropy to the targets) where it
+    counts.
 
   Raises:
-    KwjaxError: a stage of the configuration is missing in a network, or weights do not fit a layer (see `distill_loss`).
+    KwjaxError: a stage of the configuration is missing in a network, targets are missing, or weights do not fit a layer (see
+      `distill_loss`).
 
   Source: Haroush et al. (2020), "The Knowledge Within", Algorithm 2.
   """
@@ -193,39 +266,30 @@ def distill_step(
 
   def loss_of(params: Any) -> Any:
     return distill_loss(
-      params, state.student, seen, teacher_logits, teacher_features, config, weights, axis_name=axis_name
+      params, state.student, seen, teacher_logits, teacher_features, config, weights, targets, axis_name=axis_name
     )
 
   params = state.student.variables["params"]
   (loss, (kl, iq, logits, batch_stats)), gradient = parallel.value_and_grad_of_copy(loss_of, axis_name)(params)
-  updates, optimizer = config.optimizer().update(gradient, state.optimizer, params, value=loss)
-  variables = {**state.student.variables, "params": optax.apply_updates(params, updates)}
-  if "batch_stats" in variables:
-    variables["batch_stats"] = batch_stats
-
   agreement = parallel.weighted_mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1), weights)
   level = parallel.weighted_mean(teacher_logits, weights)
   share = parallel.weight_share(weights, axis_name)
   kl, iq, agreement, level = parallel.mean((kl, iq, agreement, level), axis_name, share)
   norm = optax.tree.norm(gradient)
-  is_bad = ~jnp.isfinite(jnp.stack([level, *(iq[stage] for stage in stages), kl, norm]))
-  first_time = jnp.any(is_bad) & (state.bad_step < 0)
-  next_state = DistillState(
-    step=state.step + 1,
-    student=state.student.replace(variables=variables),
-    optimizer=optimizer,
-    bad_step=jnp.where(first_time, state.step, state.bad_step),
-    bad_term=jnp.where(first_time, jnp.argmax(is_bad).astype(jnp.int32), state.bad_term),
-  )
+  watched = (level, *(iq[stage] for stage in stages), kl, norm)
+  updated = next_state(state, config, loss, gradient, batch_stats, watched)
   metrics = {
     "loss": loss,
     "kl": kl,
     "iq": sum(iq.values(), jnp.float32(0.0)),
     "agreement": agreement,
     "gradient_norm": norm,
-    "learning_rate": jnp.asarray(config.learning_rate_at()(state.step), jnp.float32) * config.plateau_scale(optimizer),
+    "learning_rate": jnp.asarray(config.learning_rate_at()(state.step), jnp.float32)
+    * config.plateau_scale(updated.optimizer),
   }
-  return next_state, metrics
+  if config.target_weight > 0.0:
+    metrics["target"] = parallel.mean(target_loss(logits, targets, weights), axis_name, share)
+  return updated, metrics
 
 
 def _once_known(logits: Array, batch: Array) -> Array:

@@ -1,4 +1,4 @@
-"""A training run as a loop of pure steps: resumed from its checkpoints, stopped on request, watched for NaN."""
+"""One loop for every run of pure steps: resumed from its checkpoints, stopped on request, watched for NaN."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 import tqdm
 
-from kwjax.errors import NonFiniteError
+from kwjax.errors import Interrupted, NonFiniteError
 from kwjax.runtime import processes
 from kwjax.runtime.checkpoint import Checkpoints
-from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.layout import Layout
 from kwjax.runtime.workdir import Shutdown, graceful_shutdown
 
 History = list[dict[str, float]]
+"""Metrics of the recorded steps, each row with its number of steps done as `step`."""
 
 
 class Watched(Protocol):
@@ -46,70 +47,87 @@ class Watched(Protocol):
 State = TypeVar("State", bound=Watched)
 
 
-class Pace(Protocol):
-  """How long a run is and when the host looks at it."""
+class Progress(NamedTuple, Generic[State]):
+  """How far a run has come.
 
-  @property
-  def steps(self) -> int:
-    """Steps in all."""
-    ...
+  Attributes:
+    state: as a checkpoint holds it.
+    history: metrics so far.
+    seconds: that its steps took, over all the processes it was continued in.
+  """
 
-  @property
-  def batch_size(self) -> int:
-    """Images a step, over all devices."""
-    ...
+  state: State
+  history: History
+  seconds: float
 
-  @property
-  def log_every(self) -> int:
-    """Steps between two looks at the metrics."""
-    ...
 
-  @property
-  def checkpoint_every(self) -> int:
-    """Steps between two checkpoints."""
-    ...
+class Pace(NamedTuple):
+  """How long a run is and when the host looks at it.
+
+  Attributes:
+    steps: steps in all.
+    log_every: steps between two looks at the metrics; the host waits for the devices there.
+    record_every: steps between two rows of the history; those since the last look are read together.
+    checkpoint_every: steps between two checkpoints, the last step included; None: by time alone.
+    checkpoint_seconds: least time between two checkpoints, which are made at looks; None: by steps alone.
+  """
+
+  steps: int
+  log_every: int
+  record_every: int
+  checkpoint_every: int | None = None
+  checkpoint_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-  """Where a run's state goes; without `checkpoints`, nowhere."""
+  """Where a run's state goes and who may stop it.
 
-  what: str = "run"
+  Attributes:
+    checkpoints: None: nothing is stored.
+    settings: everything that the result depends on.
+    is_shared: process 0 keeps the state of all; else each process keeps its own.
+    should_stop: asked between steps; None: nobody stops the run.
+    stopped: what is raised then, of a sentence.
+  """
+
   checkpoints: Checkpoints | None = None
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-  shutdown: Shutdown | None = None
+  is_shared: bool = True
+  should_stop: Callable[[], bool] | None = None
+  stopped: Callable[[str], BaseException] = Interrupted
 
-  def restore(self, initial: State) -> tuple[State, History]:
-    """The newest stored state and the metrics until then; process 0 reads it, and all get it."""
-    state = initial
+  def restore(self, initial: State) -> Progress[State]:
+    """The newest stored state, or the initial one; of several processes all go on from the same step."""
+    if self.checkpoints and not self.is_shared and processes.count() > 1:
+      known = processes.exchange(self.checkpoints.intact_steps(initial, settings=self.settings))
+      self.checkpoints.forget_after(max(set.intersection(*map(set, known)), default=-1))
+    found: Progress[State] = Progress(initial, [], 0.0)
 
-    def look() -> tuple[bool, History]:
-      nonlocal state
-      found = self.checkpoints.restore(initial, settings=self.settings) if self.checkpoints else None
-      state = initial if found is None else found.state
-      return found is not None, [] if found is None else found.extra["history"]
+    def look() -> tuple[bool, History, float]:
+      nonlocal found
+      stored = self.checkpoints.restore(initial, settings=self.settings) if self.checkpoints else None
+      if stored is not None:
+        found = Progress(stored.state, stored.extra["history"], stored.extra["seconds"])
+      return stored is not None, found.history, found.seconds
 
-    is_stored, history = processes.from_main(look)
-    return processes.broadcast(state) if is_stored else initial, history
+    if not self.is_shared:
+      look()
+      return found
+    is_stored, history, seconds = processes.from_main(look)
+    return Progress(processes.broadcast(found.state), history, seconds) if is_stored else found
 
-  def save(self, step: int, state: Any, history: History) -> None:
-    """Stores a state, in process 0."""
-    if self.checkpoints and processes.is_main():
-      self.checkpoints.save(step, state, settings=self.settings, extra={"history": history})
+  def save(self, done: int, progress: Progress[State]) -> None:
+    """Stores a state, in process 0 or in each."""
+    if self.checkpoints and (not self.is_shared or processes.is_main()):
+      extra = {"history": progress.history, "seconds": progress.seconds}
+      self.checkpoints.save(done, progress.state, settings=self.settings, extra=extra)
 
-  def stop_requested(self, at_a_wait: bool) -> bool:
+  def stop_requested(self, at_a_look: bool) -> bool:
     """Whether to stop; several processes agree on it, and only where the host waits for the devices anyway."""
-    if self.shutdown is None or (processes.count() > 1 and not at_a_wait):
+    if self.should_stop is None or (processes.count() > 1 and not at_a_look):
       return False
-    return processes.any_stop(self.shutdown.requested)
-
-  def stop(self) -> None:
-    """Ends the run as the signal would have, now that the state is on disk."""
-    assert self.shutdown is not None
-    assert self.checkpoints is not None
-    if self.shutdown.exit_status == 128 + signal.SIGINT:
-      raise KeyboardInterrupt(f"{self.what} stopped; its state is in {self.checkpoints.folder}")
-    raise SystemExit(self.shutdown.exit_status or 128 + signal.SIGTERM)
+    return processes.any_stop(self.should_stop())
 
   def last_good(self) -> str:
     """What an error says of the state before it."""
@@ -131,7 +149,7 @@ def open_store(
     settings: gives everything that the result depends on, JSON-able; not called without a folder.
   """
   if workdir is None:
-    yield Store(what)
+    yield Store()
     return
   folder = pathlib.Path(workdir) / what
   found = settings()
@@ -140,7 +158,15 @@ def open_store(
     Checkpoints(folder / "checkpoints") as checkpoints,
     graceful_shutdown() as shutdown,
   ):
-    yield Store(what, checkpoints, found, shutdown)
+    stopped = lambda text: _as_signalled(shutdown, text)
+    yield Store(checkpoints, found, should_stop=lambda: shutdown.requested, stopped=stopped)
+
+
+def _as_signalled(shutdown: Shutdown, text: str) -> BaseException:
+  """What the signal would have raised."""
+  if shutdown.exit_status == 128 + signal.SIGINT:
+    return KeyboardInterrupt(text)
+  return SystemExit(shutdown.exit_status or 128 + signal.SIGTERM)
 
 
 def fingerprint(tree: Any) -> str:
@@ -153,79 +179,111 @@ def fingerprint(tree: Any) -> str:
   return digest.hexdigest()[:16]
 
 
+def progress_bar(total: int, title: str, shown: bool) -> tqdm.tqdm:
+  """A bar of steps, which only process 0 shows; `Loop` moves it."""
+  return tqdm.tqdm(total=total, desc=title, unit="step", disable=not (shown and processes.is_main()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
   """Everything about a run but its steps and its state.
 
   Attributes:
-    group: the devices.
     pace: number of steps, and when to look.
     store: where states go.
-    title: in front of the progress bar, one word.
+    layout: how states lie on the devices.
     subject: what the run does, for errors: "distillation from NAME".
     terms: names of what the steps watch.
-    summary: one line of the metrics, for the progress bar.
-    progress: show a progress bar.
-    on_log: called with `(steps done, metrics, state of the first device)` whenever the metrics are looked at.
+    bar: of `progress_bar`.
+    summary: `(metrics of the last recorded step, steps per second) -> text` beside the bar.
+    on_log: called with `(steps done, history, state on the devices)` whenever the history has grown.
+    advice: what may help where a term is not finite, behind a semicolon.
   """
 
-  group: DeviceGroup
   pace: Pace
   store: Store
-  title: str
+  layout: Layout
   subject: str
   terms: tuple[str, ...]
-  summary: Callable[[dict[str, float]], str]
-  progress: bool = False
-  on_log: Callable[[int, dict[str, float], Any], None] | None = None
+  bar: tqdm.tqdm
+  summary: Callable[[dict[str, float], float], str]
+  on_log: Callable[[int, History, Any], None] | None = None
+  advice: str = ""
 
   def finish(
-    self, state: State, history: History, advance: Callable[[int, State], tuple[State, dict[str, jax.Array]]]
-  ) -> State:
+    self, progress: Progress[State], advance: Callable[[int, State], tuple[State, dict[str, jax.Array]]]
+  ) -> Progress[State]:
     """Runs the steps that are left.
 
     Args:
-      state: where to go on from, as one device holds it.
-      history: metrics of earlier steps; those of every `log_every`-th step and of the last are appended.
+      progress: where to go on from.
       advance: `(step, state on the devices) -> (next state, metrics f32[])`; may reuse the memory of the state.
 
     Returns:
-      The state after the last step, of the first device.
+      The progress after the last step.
 
     Raises:
       NonFiniteError: a term was NaN or infinite; names the step, the term and the last good checkpoint.
-      KeyboardInterrupt, SystemExit: the run was asked to stop, after its state was saved.
+      Interrupted, KeyboardInterrupt, SystemExit: the run was asked to stop, after its state was saved.
     """
-    pace, group, begin = self.pace, self.group, int(state.step)
-    state = group.replicate(state)
-    clock = time.perf_counter()
-    shown = self.progress and processes.is_main()
-    with tqdm.tqdm(total=pace.steps, initial=begin, desc=self.title, unit="step", disable=not shown) as bar:
-      for step in range(begin, pace.steps):
-        state, metrics = advance(step, state)
-        done = step + 1
-        bar.update()
-        looks = done % pace.log_every == 0 or done == pace.steps
-        if looks:
-          row = {"step": done, **{name: float(value) for name, value in group.first(metrics).items()}}
-          self._check(state)
-          history.append(row)
-          speed = (done - begin) * pace.batch_size / (time.perf_counter() - clock)
-          bar.set_postfix_str(f"{self.summary(row)}, {speed:.0f} images/s")
-          if self.on_log is not None:
-            self.on_log(done, row, group.first(state))
-        stop = self.store.stop_requested(looks)
-        if done % pace.checkpoint_every == 0 or done == pace.steps or stop:
-          self._check(state)
-          self.store.save(done, group.first(state), history)
-        if stop:
-          self.store.stop()
-    return group.first(state)
+    pace, store, history = self.pace, self.store, list(progress.history)
+    begin = int(progress.state.step)
+    state = self.layout.place(progress.state)
+    self.bar.update(begin)
+    self.bar.initial = self.bar.n  # made earlier: it says nothing about this run's speed
+    unread: list[tuple[int, dict[str, jax.Array]]] = []
+    start = saved = time.monotonic()
+
+    def reached(state: State) -> Progress[State]:
+      return Progress(self.layout.fetch(state), history, progress.seconds + time.monotonic() - start)
+
+    for step in range(begin, pace.steps):
+      state, metrics = advance(step, state)
+      done, is_last = step + 1, step + 1 == pace.steps
+      self.bar.update()
+      if done % pace.record_every == 0 or is_last:
+        unread.append((done, metrics))
+      looks = done % pace.log_every == 0 or is_last
+      stop = store.stop_requested(looks)
+      due = pace.checkpoint_every is not None and (done % pace.checkpoint_every == 0 or is_last)
+      if not (looks or stop or due):
+        continue
+      # One wait for the devices every few steps: the steps in between are queued without one.
+      self._check(state)
+      rows = self._read(unread)
+      unread.clear()
+      if rows:
+        history.extend(rows)
+        self.bar.set_postfix_str(
+          self.summary(rows[-1], (done - begin) / (time.monotonic() - start)), refresh=False
+        )
+        if self.on_log is not None:
+          self.on_log(done, history, state)
+      if pace.checkpoint_seconds is not None and looks and not is_last:
+        overdue = time.monotonic() - saved >= pace.checkpoint_seconds
+        due = processes.from_main(lambda: overdue) or due
+      if store.checkpoints and (due or stop):
+        store.save(done, reached(state))
+        saved = time.monotonic()
+      if stop:
+        kept = f"; its state is in {store.checkpoints.folder}" if store.checkpoints else ""
+        raise store.stopped(f"stopped at step {done} of {self.subject}{kept}")
+    return reached(state)
+
+  def _read(self, unread: list[tuple[int, dict[str, jax.Array]]]) -> History:
+    values = jax.device_get([self._first(metrics) for _, metrics in unread])
+    return [
+      {"step": done, **{name: float(value) for name, value in row.items()}}
+      for (done, _), row in zip(unread, values, strict=True)
+    ]
+
+  def _first(self, tree: Any) -> Any:
+    return self.layout.group.first(tree)
 
   def _check(self, state: Watched) -> None:
-    found = self.group.first((state.bad_step, state.bad_term))
-    bad_step, bad_term = int(found[0]), int(found[1])
+    bad_step, bad_term = (int(value) for value in jax.device_get(self._first((state.bad_step, state.bad_term))))
     if bad_step >= 0:
+      advice = f"; {self.advice}" if self.advice else ""
       raise NonFiniteError(
-        f"{self.subject}: {self.terms[bad_term]} became NaN or infinite at step {bad_step}; {self.store.last_good()}"
+        f"{self.subject}: {self.terms[bad_term]} became NaN or infinite at step {bad_step}; {self.store.last_good()}{advice}"
       )

@@ -191,12 +191,6 @@ class DeviceGroup:
     own = [i for i, device in enumerate(self.devices) if _is_local(device)]
     return range(own[0] * each, (own[-1] + 1) * each)
 
-  def weights(self, size: int) -> np.ndarray | None:
-    """f32[rows of this process] of a batch of `size`: 1 for an image, 0 for padding; None where nothing is padded."""
-    if size == self.padded(size):
-      return None
-    return (np.asarray(self.rows(size)) < size).astype(np.float32)
-
   def place(self, tree: PyTree) -> PyTree:
     """Put rows of this process onto its devices: [rows, ...] -> [D, b / D, ...], or as they are on one device.
 
@@ -330,3 +324,17 @@ def device_group(devices: int | Sequence[jax.Device] | DeviceGroup | None = None
 def axis_offset(local_size: int, axis_name: str | None) -> jax.Array | int:
   """Index in the whole batch of this device's first example, so that randomness does not depend on the number of devices."""
   return 0 if axis_name is None else lax.axis_index(axis_name) * local_size
+
+
+def batch_rows(size: int, axis_name: str | None) -> jax.Array:
+  """Which rows of a batch of `size` this device holds, i32[ceil(size / D)]; padding repeats the last row."""
+  each = size if axis_name is None else -(-size // lax.axis_size(axis_name))
+  return jnp.minimum(axis_offset(each, axis_name) + jnp.arange(each), size - 1)
+
+
+def padding_weights(size: int, axis_name: str | None) -> jax.Array | None:
+  """f32[ceil(size / D)] of this device's rows of a batch of `size`: 1 for an image, 0 for padding; None without padding."""
+  if axis_name is None or size % lax.axis_size(axis_name) == 0:
+    return None
+  each = -(-size // lax.axis_size(axis_name))
+  return (axis_offset(each, axis_name) + jnp.arange(each) < size).astype(jnp.float32)

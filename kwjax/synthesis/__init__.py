@@ -3,7 +3,6 @@
 from kwjax.synthesis.augment import Augmentation, augment
 from kwjax.synthesis.config import OWN_SCHEMES, PAPER_ROWS, SCHEMES, SynthesisConfig
 from kwjax.synthesis.dead_leaves_model import LEAF_SHAPES, dead_leaves
-from kwjax.synthesis.fresh import fresh_dead_leaves, fresh_gaussian
 from kwjax.synthesis.noise import gaussian_images
 from kwjax.synthesis.objective import TERMS, Evidence, Objective, evaluate_objective, inception_loss, smoothness_prior
 from kwjax.synthesis.pixels import SynthesisState, initial_state, synthesis_loss, synthesis_step
@@ -28,8 +27,6 @@ __all__ = [
   "batch_sizes",
   "dead_leaves",
   "evaluate_objective",
-  "fresh_dead_leaves",
-  "fresh_gaussian",
   "gaussian_images",
   "inception_loss",
   "initial_state",

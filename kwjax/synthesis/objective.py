@@ -33,6 +33,7 @@ class Evidence(NamedTuple):
     measured: `{layer: Moments}` of the views, over all devices.
     axis_name: mapped axis of the devices, for terms that are no mean over images.
     weights: f32[v] of the views, 1 where a view counts and 0 where it is padding, or None: all count.
+    student_logits: f32[v,k] of the student that learns from the images while they are made; None where there is none.
   """
 
   images: Array
@@ -44,6 +45,7 @@ class Evidence(NamedTuple):
   measured: Mapping[str, Moments]
   axis_name: str | None = None
   weights: Array | None = None
+  student_logits: Array | None = None
 
   @property
   def image_weights(self) -> Array | None:

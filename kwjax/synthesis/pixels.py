@@ -8,6 +8,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kwjax.batchnorm import (
@@ -20,6 +21,7 @@ from kwjax.batchnorm import (
   reference_moments,
   weigh,
 )
+from kwjax.intercept import Forwardable
 from kwjax.kernels.convolution import fewer_products
 from kwjax.network import Array, Network
 from kwjax.runtime import parallel
@@ -40,14 +42,14 @@ class SynthesisState(NamedTuple):
     optimizer: Adam's moments.
     step: i32[], steps done.
     bad_step: i32[], the first step whose loss was not finite, or -1. Kept here so that no step waits for the host.
-    bad_layer: i32[], which layer it was, an index into `watched_layers`.
+    bad_term: i32[], which layer it was, an index into `watched_layers`.
   """
 
   images: Array
   optimizer: optax.OptState
   step: Array
   bad_step: Array
-  bad_layer: Array
+  bad_term: Array
 
 
 def initial_images(
@@ -65,6 +67,13 @@ def initial_images(
   return draw(key, (count, *image_shape), jnp.float32)
 
 
+def target_labels(config: SynthesisConfig, key: Array, count: int, num_classes: int) -> np.ndarray:
+  """Targets i32[n]: "balanced" (each class equally often, in random order) or "random"."""
+  if config.labels == "random":
+    return np.asarray(jax.random.randint(key, (count,), 0, num_classes), np.int32)
+  return np.asarray(jax.random.permutation(key, jnp.arange(count) % num_classes), np.int32)
+
+
 def initial_state(config: SynthesisConfig, images: Array) -> SynthesisState:
   """State before the first step; `images` f32[b,h,w,c]."""
   return SynthesisState(images, _adam(config).init(images), jnp.int32(0), jnp.int32(-1), jnp.int32(0))
@@ -75,7 +84,7 @@ def _adam(config: SynthesisConfig) -> optax.GradientTransformation:
 
 
 def watched_layers(network: Network, config: SynthesisConfig) -> tuple[str, ...]:
-  """What `bad_layer` counts: the layers in execution order, then the total loss and the gradient of the images."""
+  """What `bad_term` counts: the layers in execution order, then the total loss and the gradient of the images."""
   if not config.objective.needs_statistics:
     return (LOSS, GRADIENT)
   return (*reference_moments(network, include_input=config.objective.include_input), LOSS, GRADIENT)
@@ -89,6 +98,7 @@ def synthesis_loss(
   config: SynthesisConfig,
   weights: Array | None = None,
   *,
+  student: Forwardable | None = None,
   axis_name: str | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """The objective of Algorithm 1 on one batch of images, over all devices.
@@ -101,6 +111,7 @@ def synthesis_loss(
     config: objective, augmentation and number of copies.
     weights: f32[b] of this device's images: 1 counts, 0 is padding, which changes no loss and gets a gradient of zero.
       Padding comes last in the batch over all devices, so that the other images keep their augmentation. None: all count.
+    student: a network that learns from the images, for terms that compare it with `network`; gradients pass through it.
     axis_name: mapped axis of the devices.
 
   Returns:
@@ -121,6 +132,7 @@ def synthesis_loss(
   variables = network.variables if view_weights is None else weigh(network.variables, view_weights)
   with fewer_products():
     logits, mutated = apply(variables, views)
+    student_logits = None if student is None else student.forward(student.variables, views)[0]
   measured = recorded_moments(mutated)
   if objective.include_input and objective.needs_statistics:
     measured[INPUT] = input_moments(views, network, weights=view_weights)
@@ -136,6 +148,7 @@ def synthesis_loss(
     measured=measured,
     axis_name=axis_name,
     weights=view_weights,
+    student_logits=student_logits,
   )
   loss, terms = evaluate_objective(evidence, objective)
   metrics = {"loss": loss, **terms}
@@ -155,6 +168,7 @@ def synthesis_step(
   config: SynthesisConfig,
   weights: Array | None = None,
   *,
+  student: Forwardable | None = None,
   axis_name: str | None = None,
 ) -> tuple[SynthesisState, dict[str, Array]]:
   """One step of Algorithm 1: clamp, augment, forward, objective, image gradient, Adam.
@@ -169,6 +183,7 @@ def synthesis_step(
     config: what to optimize and how.
     weights: f32[b] of this device's images: 1 counts, 0 is padding at the end of the batch, whose pixels are only clamped.
       None: all count.
+    student: see `synthesis_loss`.
     axis_name: mapped axis of the devices.
 
   Returns:
@@ -180,7 +195,7 @@ def synthesis_step(
   step_key = jax.random.fold_in(key, state.step)
 
   def loss_of(images: Array) -> tuple[Array, dict[str, Array]]:
-    return synthesis_loss(images, network, labels, step_key, config, weights, axis_name=axis_name)
+    return synthesis_loss(images, network, labels, step_key, config, weights, student=student, axis_name=axis_name)
 
   (_, metrics), gradient = parallel.value_and_grad_of_shard(loss_of, axis_name)(pixels)
   updates, optimizer = _adam(config).update(gradient, state.optimizer, pixels)
@@ -192,6 +207,6 @@ def synthesis_step(
     optimizer=optimizer,
     step=state.step + 1,
     bad_step=jnp.where(first_time, state.step, state.bad_step),
-    bad_layer=jnp.where(first_time, jnp.argmax(is_bad).astype(jnp.int32), state.bad_layer),
+    bad_term=jnp.where(first_time, jnp.argmax(is_bad).astype(jnp.int32), state.bad_term),
   )
   return next_state, metrics

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from kwjax.batchnorm import reference_moments
 from kwjax.errors import KwjaxError
 from kwjax.network import Network, fingerprint
 from kwjax.runtime import processes
+from kwjax.runtime.loop import progress_bar
 from kwjax.runtime.parallel import DeviceGroup, device_group
 from kwjax.synthesis.config import SynthesisConfig
-from kwjax.synthesis.pixels import initial_images
+from kwjax.synthesis.pixels import initial_images, target_labels
 from kwjax.synthesis.run import IMAGES, LABELS, Callback, Run
 from kwjax.synthesis.run import compiled_step as compiled_step
 from kwjax.synthesis.store import ImageStore, Shard
@@ -57,13 +57,6 @@ def batch_sizes(num_images: int, batch_size: int) -> tuple[int, ...]:
     raise KwjaxError(f"a batch must hold at least 1 image, found {batch_size}")
   count = math.ceil(num_images / batch_size)
   return tuple(num_images // count + (i < num_images % count) for i in range(count))
-
-
-def target_labels(config: SynthesisConfig, key: jax.Array, count: int, num_classes: int) -> np.ndarray:
-  """Targets i32[n]: "balanced" (each class equally often, in random order) or "random"."""
-  if config.labels == "random":
-    return np.asarray(jax.random.randint(key, (count,), 0, num_classes), np.int32)
-  return np.asarray(jax.random.permutation(key, jnp.arange(count) % num_classes), np.int32)
 
 
 def starting_images(
@@ -139,9 +132,7 @@ def synthesize(
     if folder is not None:
       stack.enter_context(processes.lock(folder))
     finished = processes.from_main(lambda: [i for i in range(len(sizes)) if store is not None and store.has(i)])
-    total = len(sizes) * max(config.steps, 1)
-    shown = progress and processes.is_main()
-    bar = stack.enter_context(tqdm.tqdm(total=total, disable=not shown, unit="step", desc=config.scheme))
+    bar = stack.enter_context(progress_bar(len(sizes) * max(config.steps, 1), config.scheme, progress))
     for index in range(len(sizes)):
       if index in finished:
         bar.update(max(config.steps, 1))

@@ -1,4 +1,4 @@
-"""Supervised training as a run: batches, devices, checkpoints, progress."""
+"""Supervised training as a run: the loop of distillation on a set whose targets are its labels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from kwjax.distillation.batches import Feed, compiled_step, planner
-from kwjax.errors import DataError, KwjaxError
+from kwjax.distillation.step import DistillState, initial_state
 from kwjax.network import Array, Network
 from kwjax.runtime.data import checked_labels
 from kwjax.runtime.evaluate import Devices
-from kwjax.runtime.loop import History, Loop, fingerprint, open_store
+from kwjax.runtime.loop import History, fingerprint, open_store
 from kwjax.runtime.parallel import device_group
-from kwjax.training.step import TERMS, TrainConfig, TrainState, initial_state, train_step
+from kwjax.sources.base import Batch
+from kwjax.sources.fixed import FixedSet, check_images
+from kwjax.sources.run import Words, train_on
+from kwjax.training.step import TERMS, TrainConfig, train_step
 
 Callback = Callable[[int, dict[str, float], Network], None]
 """`(steps done, metrics of the last one, network)`; the network's arrays are valid during the call only."""
@@ -81,10 +83,15 @@ def train_with_history(
 ) -> tuple[Network, History]:
   """As `train`; also returns the metrics of every `config.log_every`-th step and of the last: `step`, `loss`, ..."""
   group = device_group(devices)
-  _check_images(network, images)
+  check_images(images, (network,))
   classes = checked_labels(np.asarray(labels), len(images), network.num_classes, "the training data")
-  assert classes is not None
-  plan = planner(key, len(images), config)
+  source = FixedSet(
+    images,
+    classes,
+    num_classes=network.num_classes,
+    augment=config.augment,
+    resident_bytes=config.resident_bytes,
+  )
 
   def settings() -> dict[str, Any]:
     return {
@@ -95,34 +102,32 @@ def train_with_history(
     }
 
   with open_store(workdir, "training", settings) as store:
-    state, history = store.restore(initial_state(network, config))
-    feed = Feed.of(images, plan, config.batch_size, group, config.resident_bytes)
-    step_fn = compiled_step(group, train_step, config, feed.is_resident)
+    ended = train_on(
+      source,
+      initial_state(network, config),
+      _step,
+      config,
+      None,
+      key=key,
+      group=group,
+      store=store,
+      words=Words("train", f"training of {network.name}", TERMS, _summary),
+      progress=progress,
+      callback=callback,
+    )
+  return ended.state.student.student, ended.history
 
-    def advance(step: int, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-      batch, drawn = feed.batch(step)
-      return step_fn(state, batch, group.place(drawn), group.place(classes[drawn.chosen]), feed.weights)
 
-    def on_log(step: int, metrics: dict[str, float], state: TrainState) -> None:
-      if callback is not None:
-        callback(step, metrics, state.network)
-
-    loop = Loop(group, config, store, "train", f"training of {network.name}", TERMS, _summary, progress, on_log)
-    state = loop.finish(state, history, advance)
-  return state.network, history
-
-
-def _check_images(network: Network, images: Array | np.ndarray) -> None:
-  if images.ndim != 4 or tuple(images.shape[1:]) != network.image_shape:
-    expected = ", ".join(map(str, network.image_shape))
-    raise KwjaxError(f"images of {network.name} have shape (n, {expected}), found {tuple(images.shape)}")
-  if len(images) == 0:
-    raise DataError("there are no images to train on")
-  if images.dtype == np.uint8:
-    return
-  low, high = float(images.min()), float(images.max())
-  if not (low >= 0.0 and high <= 1.0):
-    raise DataError(f"images must lie in [0, 1] or be uint8, found values from {low:.4g} to {high:.4g}")
+def _step(
+  state: DistillState[Network],
+  batch: Batch,
+  teacher: None,
+  config: TrainConfig,
+  weights: Array | None,
+  axis_name: str | None,
+) -> tuple[DistillState[Network], dict[str, Array]]:
+  assert batch.targets is not None
+  return train_step(state, batch.images, batch.targets, config, weights, axis_name)
 
 
 def _summary(row: dict[str, float]) -> str:

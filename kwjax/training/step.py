@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import optax
 
 from kwjax.batchnorm import weigh
-from kwjax.distillation.config import Augment, warmup_cosine
-from kwjax.distillation.step import track_statistics, updated_statistics
+from kwjax.distillation.config import warmup_cosine
+from kwjax.distillation.step import DistillState, next_state, track_statistics, updated_statistics
 from kwjax.errors import KwjaxError
 from kwjax.modules import evaluation_arguments, hashable_module
 from kwjax.network import Array, Network, Variables
 from kwjax.runtime import parallel
+from kwjax.sources.plan import Augment
 from kwjax.synthesis.augment import Augmentation, augment
 
 TERMS = ("the loss", "the gradient")
@@ -73,11 +74,6 @@ class TrainConfig:
         raise KwjaxError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
 
   @property
-  def mixup(self) -> None:
-    """Images are not mixed: labels are of one image each."""
-    return None
-
-  @property
   def augment(self) -> Augment | None:
     """`(key, images) -> views`, or None where a view is the image itself."""
     return None if self.augmentation.is_identity else functools.partial(_view, config=self.augmentation)
@@ -108,24 +104,6 @@ def _kernels(params: Any) -> Any:
   return flax.traverse_util.path_aware_map(lambda path, _: path[-1] == "kernel", params)
 
 
-class TrainState(NamedTuple):
-  """A network in training.
-
-  Attributes:
-    step: i32[], steps done.
-    network: with its current variables.
-    optimizer: momentum of every parameter, and the step of the schedule.
-    bad_step: i32[], the first step at which a term was not finite, or -1.
-    bad_term: i32[], which term it was, an index into `TERMS`.
-  """
-
-  step: Array
-  network: Network
-  optimizer: optax.OptState
-  bad_step: Array
-  bad_term: Array
-
-
 def initial_variables(module: nn.Module, image_shape: tuple[int, int, int], *, key: Array) -> Variables:
   """Random weights as the module's own initializers draw them, in its evaluation mode."""
   image = jnp.zeros((1, *image_shape), jnp.float32)
@@ -133,29 +111,22 @@ def initial_variables(module: nn.Module, image_shape: tuple[int, int, int], *, k
   return jax.jit(functools.partial(hashable_module(module).init, **options))(key, image)
 
 
-def initial_state(network: Network, config: TrainConfig) -> TrainState:
-  """State before the first step; it holds copies, because a step may reuse the memory of the state it is given."""
-  network = jax.tree.map(jnp.array, network)
-  optimizer = config.optimizer().init(network.variables["params"])
-  return TrainState(jnp.int32(0), network, optimizer, jnp.int32(-1), jnp.int32(0))
-
-
 def train_step(
-  state: TrainState,
+  state: DistillState[Network],
   images: Array,
-  labels: Array,
+  targets: Array,
   config: TrainConfig,
   weights: Array | None = None,
   axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, Array]]:
+) -> tuple[DistillState[Network], dict[str, Array]]:
   """Forward and backward with the statistics of the batch over all devices, SGD with momentum, running statistics.
 
   The module runs in evaluation mode but for its BatchNorm layers: dropout stays off.
 
   Args:
-    state: the network, the same on every device.
+    state: the network as `student`, the same on every device.
     images: f32[b,h,w,c] in [0,1], this device's share, augmented.
-    labels: i32[b], below the number of logits.
+    targets: f32[b,k], one-hot or soft labels.
     config: what to optimize and how.
     weights: f32[b]: 1 counts, 0 is padding, which may be any finite image. None: all count.
     axis_name: mapped axis of the devices.
@@ -164,35 +135,24 @@ def train_step(
     The next state and metrics f32[] over all devices: loss, accuracy (of the network before the step, on the augmented
     batch), gradient_norm, learning_rate.
   """
-  network = state.network
+  network = state.student
   share = parallel.weight_share(weights, axis_name)
 
   def loss_of(params: Any) -> tuple[Array, tuple[Array, Any]]:
     variables = {**network.variables, "params": params}
     forwarded = variables if weights is None else weigh(variables, weights)
     logits, mutated = track_statistics(network.forward, axis_name)(forwarded, images)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), config.label_smoothing)
-    loss = parallel.weighted_mean(optax.softmax_cross_entropy(logits, targets), weights)
+    smooth = optax.smooth_labels(targets, config.label_smoothing)
+    loss = parallel.weighted_mean(optax.softmax_cross_entropy(logits, smooth), weights)
     # With padding the devices' images do not weigh the same, so the average is taken here, by weight.
     loss = loss if weights is None else parallel.mean(loss, axis_name, share)
     return loss, (logits, updated_statistics(variables.get("batch_stats", {}), mutated))
 
   params = network.variables["params"]
   (loss, (logits, batch_stats)), gradient = parallel.value_and_grad_of_copy(loss_of, axis_name)(params)
-  updates, optimizer = config.optimizer().update(gradient, state.optimizer, params)
-  variables = {**network.variables, "params": optax.apply_updates(params, updates)}
-  if "batch_stats" in variables:
-    variables["batch_stats"] = batch_stats
-  accuracy = parallel.mean(parallel.weighted_mean(jnp.argmax(logits, -1) == labels, weights), axis_name, share)
+  hits = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
+  accuracy = parallel.mean(parallel.weighted_mean(hits, weights), axis_name, share)
   norm = optax.tree.norm(gradient)
-  is_bad = ~jnp.isfinite(jnp.stack([loss, norm]))
-  first_time = jnp.any(is_bad) & (state.bad_step < 0)
-  next_state = TrainState(
-    step=state.step + 1,
-    network=network.replace(variables=variables),
-    optimizer=optimizer,
-    bad_step=jnp.where(first_time, state.step, state.bad_step),
-    bad_term=jnp.where(first_time, jnp.argmax(is_bad).astype(jnp.int32), state.bad_term),
-  )
   rate = jnp.asarray(config.learning_rate_at()(state.step), jnp.float32)
-  return next_state, {"loss": loss, "accuracy": accuracy, "gradient_norm": norm, "learning_rate": rate}
+  metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": norm, "learning_rate": rate}
+  return next_state(state, config, loss, gradient, batch_stats, (loss, norm)), metrics

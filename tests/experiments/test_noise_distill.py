@@ -24,7 +24,7 @@ from kwjax.errors import KwjaxError
 from kwjax.runtime.data import load_data
 from kwjax.runtime.parallel import device_group
 from kwjax.runtime.workdir import Shutdown
-from kwjax.synthesis import fresh_dead_leaves, fresh_gaussian
+from kwjax.sources import FreshNoise
 from tests.experiments.tiny_study import command, tiny_network_loaded, write_noise
 from tests.networks import tiny_network
 
@@ -174,9 +174,9 @@ def test_spaces_and_sources_of_the_noise(folder: pathlib.Path) -> None:
   assert (pixel.min(), pixel.max()) == (0.0, 1.0)
   np.testing.assert_allclose(pixel.mean(), 0.5, atol=0.005)
   fresh = recipe(folder, "gaussian", "P=0", fresh=True)._fresh(network)
-  assert fresh == fresh_gaussian(network.input_mean, network.input_std)
+  assert fresh == FreshNoise.gaussian(network.image_shape, network.input_mean, network.input_std)
   fresh = recipe(folder, "dead_leaves", "P=0", fresh=True, shapes="circle")._fresh(network)
-  assert fresh == fresh_dead_leaves(shapes="circle")
+  assert fresh == FreshNoise.dead_leaves(network.image_shape, shapes="circle")
 
 
 @pytest.mark.parametrize("batch", [4, 10])

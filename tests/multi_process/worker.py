@@ -16,7 +16,7 @@ from kwjax.distillation.step import initial_state
 from kwjax.quantization import observe_ranges
 from kwjax.runtime import processes
 from kwjax.runtime.evaluate import agreement, evaluate
-from kwjax.runtime.parallel import DeviceGroup, device_group, value_and_grad_of_shard
+from kwjax.runtime.parallel import DeviceGroup, device_group, padding_weights, value_and_grad_of_shard
 from kwjax.runtime.workdir import graceful_shutdown
 from kwjax.synthesis import SynthesisConfig, synthesis_loss, synthesize
 from tests.networks import tiny_network
@@ -36,14 +36,13 @@ def filled(group: DeviceGroup, rows: np.ndarray) -> jax.Array:
 def image_gradient(group: DeviceGroup) -> np.ndarray:
   """Gradient of the objective with respect to the images, f32[5,8,8,3]."""
 
-  def step(images, labels, network, key, weights, axis_name):
+  def step(images, labels, network, key, axis_name):
+    weights = padding_weights(len(IMAGES), axis_name)
     loss = lambda x: synthesis_loss(x, network, labels, key, CONFIG, weights, axis_name=axis_name)
     return value_and_grad_of_shard(loss, axis_name)(images)[1]
 
-  weights = group.weights(len(IMAGES))
-  weights = None if weights is None else group.place(weights)
   network, key = group.replicate(tiny_network()), group.replicate(jax.random.key(SEED))
-  gradient = group.compile(step)(filled(group, IMAGES), filled(group, LABELS), network, key, weights)
+  gradient = group.compile(step)(filled(group, IMAGES), filled(group, LABELS), network, key)
   return processes.gather(group.unshard(gradient))[: len(IMAGES)]
 
 
@@ -55,13 +54,12 @@ def student_gradient(group: DeviceGroup) -> np.ndarray:
     tiny_network().replace(variables=jax.tree.map(lambda v: 0.9 * v, tiny_network().variables)),
   )
 
-  def step(state, batch, teacher, weights, axis_name):
+  def step(state, batch, teacher, axis_name):
+    weights = padding_weights(len(IMAGES), axis_name)
     return distill_step(state, batch, teacher, config, weights, axis_name=axis_name)[0]
 
-  weights = group.weights(len(IMAGES))
-  weights = None if weights is None else group.place(weights)
   state = group.replicate(initial_state(student, config))
-  after = group.first(group.compile(step)(state, filled(group, IMAGES), group.replicate(teacher), weights))
+  after = group.first(group.compile(step)(state, filled(group, IMAGES), group.replicate(teacher)))
   # Before the first step there is no momentum, so that after it the momentum is the gradient.
   return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(optax.tree.get(after.optimizer, "trace"))])
 

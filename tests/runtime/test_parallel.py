@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from kwjax.errors import KwjaxError
-from kwjax.runtime.parallel import axis_offset, device_group, mean, value_and_grad_of_copy, value_and_grad_of_shard
+from kwjax.runtime.parallel import (
+  axis_offset,
+  batch_rows,
+  device_group,
+  mean,
+  padding_weights,
+  value_and_grad_of_copy,
+  value_and_grad_of_shard,
+)
 
 DATA = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
 
@@ -51,9 +59,22 @@ def test_rows_and_weights_of_a_batch_that_does_not_divide() -> None:
   group = device_group(8)
   assert (group.padded(16), group.padded(17), group.padded(3)) == (16, 24, 8)
   assert group.rows(17) == range(24)
-  assert group.weights(16) is None
-  np.testing.assert_array_equal(group.weights(3), [1, 1, 1, 0, 0, 0, 0, 0])
-  assert device_group(1).weights(7) is None
+
+  def inside(size: int, axis_name: str | None) -> tuple:
+    weights = padding_weights(size, axis_name)
+    return batch_rows(size, axis_name), jnp.zeros(0) if weights is None else weights
+
+  for size, rows, weights in (
+    (16, range(16), []),
+    (3, [0, 1, 2, 2, 2, 2, 2, 2], [1, 1, 1, 0, 0, 0, 0, 0]),
+    (9, [*range(9), *[8] * 7], [1] * 9 + [0] * 7),
+  ):
+    step = group.compile(lambda _, axis_name, size=size: inside(size, axis_name))
+    found = map(group.unshard, step(group.replicate(jnp.zeros(()))))
+    for values, expected in zip(found, (rows, weights), strict=True):
+      np.testing.assert_array_equal(values, expected)
+  assert padding_weights(7, None) is None
+  np.testing.assert_array_equal(batch_rows(7, None), range(7))
 
 
 def test_a_copy_for_each_device_does_not_pass_through_one_of_them() -> None:

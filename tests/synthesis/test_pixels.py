@@ -195,7 +195,7 @@ def test_nan_is_traced_to_step_and_layer() -> None:
   for _ in range(2):
     state, _ = step(state, jnp.zeros(16, jnp.int32), network, jax.random.key(0))
   assert int(state.bad_step) == 0
-  assert watched_layers(network, config)[int(state.bad_layer)] == "bn1"  # the NaN enters behind bn0
+  assert watched_layers(network, config)[int(state.bad_term)] == "bn1"  # the NaN enters behind bn0
 
 
 def test_scheme_without_statistics_runs_without_batch_norm() -> None:

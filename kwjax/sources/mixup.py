@@ -1,4 +1,4 @@
-"""Mixing of two images into one input, which teacher and student both see; there are no labels to mix."""
+"""Mixing of two images into one input, which teacher and student both see; targets are mixed alike."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kwjax.errors import KwjaxError
-
-Array = jax.Array
+from kwjax.network import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +61,6 @@ def draw_mixing(key: Array, count: int, num_images: int, mixup: Mixup) -> Mixing
 
 
 def mix(images: Array, partners: Array, lam: Array) -> Array:
-  """The mixed images: lam x_i + (1 - lam) x_j; images and partners f32[b,h,w,c], lam f32[b]."""
+  """lam x_i + (1 - lam) x_j; images (or targets) and partners f32[b, ...], lam f32[b]."""
   weight = lam.reshape(-1, *[1] * (images.ndim - 1))
   return weight * images + (1.0 - weight) * partners

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kwjax.distillation import DistillConfig, Mixup, assemble, planner
-from kwjax.distillation.batches import gather, take
+from kwjax.sources import Mixup, assemble, planner
+from kwjax.sources.plan import gather, take
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+  """48 images f32 in [0, 1]."""
+  return np.asarray(jax.random.uniform(jax.random.key(3), (48, 8, 8, 3)))
 
 
 def noise(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -17,7 +23,7 @@ def noise(key: jax.Array, images: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(10, 4), (10, 10), (7, 3), (3, 8), (1, 5)])
 def test_every_epoch_is_a_permutation(num_images: int, batch_size: int) -> None:
-  plan = planner(jax.random.key(0), num_images, DistillConfig(50, batch_size=batch_size))
+  plan = planner(jax.random.key(0), num_images, batch_size)
   batches = [plan(step).chosen for step in range(20)]
   assert all(batch.shape == (batch_size,) for batch in batches)
   stream = np.concatenate(batches)
@@ -28,8 +34,8 @@ def test_every_epoch_is_a_permutation(num_images: int, batch_size: int) -> None:
 
 
 def test_a_plan_depends_on_key_and_step_alone() -> None:
-  config = DistillConfig(50, batch_size=6, mixup=Mixup(alpha=0.5), augment=noise)
-  forward, again = (planner(jax.random.key(0), 10, config) for _ in range(2))
+  options = {"mixup": Mixup(alpha=0.5), "augments": True}
+  forward, again = (planner(jax.random.key(0), 10, 6, **options) for _ in range(2))
   plans = [forward(step) for step in range(6)]
   for step in (5, 0, 3):
     plan = again(step)
@@ -37,14 +43,13 @@ def test_a_plan_depends_on_key_and_step_alone() -> None:
     np.testing.assert_array_equal(plan.mixing.lam, plans[step].mixing.lam)
     np.testing.assert_array_equal(plan.mixing.partner, plans[step].mixing.partner)
     np.testing.assert_array_equal(jax.random.key_data(plan.keys), jax.random.key_data(plans[step].keys))
-  other = planner(jax.random.key(1), 10, config)(0)
+  other = planner(jax.random.key(1), 10, 6, **options)(0)
   assert not np.array_equal(other.mixing.lam, plans[0].mixing.lam)
   assert not np.array_equal(plans[1].mixing.lam, plans[0].mixing.lam)
 
 
 def test_assembled_batch_is_the_formula(images: np.ndarray) -> None:
-  config = DistillConfig(5, batch_size=6, mixup=Mixup(lam=0.3))
-  plan = planner(jax.random.key(2), len(images), config)(1)
+  plan = planner(jax.random.key(2), len(images), 6, mixup=Mixup(lam=0.3))(1)
   batch = assemble(*map(jnp.asarray, gather(images, plan)), plan, None)
   for i in range(6):
     expected = 0.3 * images[plan.chosen[i]] + 0.7 * images[plan.mixing.partner[i]]
@@ -53,14 +58,13 @@ def test_assembled_batch_is_the_formula(images: np.ndarray) -> None:
 
 def test_eight_bit_images_are_brought_to_the_unit_interval() -> None:
   stored = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), np.uint8)
-  plan = planner(jax.random.key(2), 9, DistillConfig(5, batch_size=9))(0)
+  plan = planner(jax.random.key(2), 9, 9)(0)
   batch = assemble(jnp.asarray(gather(stored, plan)[0]), None, plan, None)
   np.testing.assert_allclose(batch, stored[plan.chosen] / 255.0, rtol=1e-6)
 
 
 def test_augmentation_of_an_image_does_not_depend_on_the_batch_around_it(images: np.ndarray) -> None:
-  config = DistillConfig(5, batch_size=8, augment=noise)
-  plan = planner(jax.random.key(2), len(images), config)(0)
+  plan = planner(jax.random.key(2), len(images), 8, augments=True)(0)
   x = jnp.asarray(gather(images, plan)[0])
   whole = assemble(x, None, plan, noise)
   half = assemble(x[4:], None, plan._replace(chosen=plan.chosen[4:], keys=plan.keys[4:]), noise)
@@ -70,18 +74,17 @@ def test_augmentation_of_an_image_does_not_depend_on_the_batch_around_it(images:
 
 
 def test_image_and_partner_are_augmented_apart(images: np.ndarray) -> None:
-  config = DistillConfig(5, batch_size=4, augment=noise, mixup=Mixup(lam=0.5))
-  plan = planner(jax.random.key(2), len(images), config)(0)
+  plan = planner(jax.random.key(2), len(images), 4, mixup=Mixup(lam=0.5), augments=True)(0)
   same = jnp.zeros((4, *images.shape[1:]))
   mixed = assemble(same, same, plan, noise)
   # Two independent draws of variance 1, averaged.
   np.testing.assert_allclose(np.var(mixed), 0.5, rtol=0.2)
 
 
-def test_rows_of_a_plan_and_what_fills_it_up() -> None:
-  plan = planner(jax.random.key(2), 9, DistillConfig(5, batch_size=5, mixup=Mixup(alpha=0.5), augment=noise))(0)
-  part = take(plan, range(3, 8))
-  index = [3, 4, 4, 4, 4]
+def test_rows_of_a_plan() -> None:
+  plan = planner(jax.random.key(2), 9, 5, mixup=Mixup(alpha=0.5), augments=True)(0)
+  index = np.array([3, 4, 4, 4, 4])
+  part = take(plan, index)
   np.testing.assert_array_equal(part.chosen, plan.chosen[index])
   np.testing.assert_array_equal(part.mixing.lam, np.asarray(plan.mixing.lam)[index])
-  np.testing.assert_array_equal(jax.random.key_data(part.keys), jax.random.key_data(plan.keys)[np.array(index)])
+  np.testing.assert_array_equal(jax.random.key_data(part.keys), jax.random.key_data(plan.keys)[index])

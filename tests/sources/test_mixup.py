@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kwjax.distillation import Mixup, draw_mixing, mix
 from kwjax.errors import KwjaxError
+from kwjax.sources import Mixup, draw_mixing, mix
 
 
 def test_mix_is_the_weighted_sum() -> None:
