@@ -185,7 +185,8 @@ def distill_loss(
     batch_stats after the batch)`: the terms are this device's own.
 
   Raises:
-    KwjaxError: targets are missing, or, with weights, the input of a BatchNorm layer or a stage does not have the images along its leading axis.
+    KwjaxError: targets are missing; or, with weights, the input of a BatchNorm layer or a stage does not have the images
+      along its leading axis.
   """
   trains = config.batch_norm == "train"
   apply = track_statistics(student.forward, axis_name) if trains else observing(student.forward, record_moments=False)

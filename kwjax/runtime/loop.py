@@ -254,14 +254,11 @@ class Loop:
       unread.clear()
       if rows:
         history.extend(rows)
-        self.bar.set_postfix_str(
-          self.summary(rows[-1], (done - begin) / (time.monotonic() - start)), refresh=False
-        )
+        self.bar.set_postfix_str(self.summary(rows[-1], (done - begin) / (time.monotonic() - start)), refresh=False)
         if self.on_log is not None:
           self.on_log(done, history, state)
-      if pace.checkpoint_seconds is not None and looks and not is_last:
-        overdue = time.monotonic() - saved >= pace.checkpoint_seconds
-        due = processes.from_main(lambda: overdue) or due
+      if looks and not is_last:
+        due = self._overdue(time.monotonic() - saved) or due
       if store.checkpoints and (due or stop):
         store.save(done, reached(state))
         saved = time.monotonic()
@@ -269,6 +266,11 @@ class Loop:
         kept = f"; its state is in {store.checkpoints.folder}" if store.checkpoints else ""
         raise store.stopped(f"stopped at step {done} of {self.subject}{kept}")
     return reached(state)
+
+  def _overdue(self, seconds: float) -> bool:
+    """Whether the last checkpoint is so long ago, by process 0's clock."""
+    limit = self.pace.checkpoint_seconds
+    return limit is not None and processes.from_main(lambda: seconds >= limit)
 
   def _read(self, unread: list[tuple[int, dict[str, jax.Array]]]) -> History:
     values = jax.device_get([self._first(metrics) for _, metrics in unread])

@@ -188,6 +188,4 @@ def check_images(images: Array | np.ndarray, networks: Iterable[Forwardable], *,
   low, high = float(images.min()), float(images.max())
   if not (low >= -beyond and high <= 1.0 + beyond):
     noise = f" (noise may exceed it by {beyond:g})" if beyond else ""
-    raise DataError(
-      f"images must be in units of [0, 1]{noise} or uint8, found values from {low:.4g} to {high:.4g}"
-    )
+    raise DataError(f"images must be in units of [0, 1]{noise} or uint8, found values from {low:.4g} to {high:.4g}")

@@ -61,6 +61,6 @@ def draw_mixing(key: Array, count: int, num_images: int, mixup: Mixup) -> Mixing
 
 
 def mix(images: Array, partners: Array, lam: Array) -> Array:
-  """lam x_i + (1 - lam) x_j; images (or targets) and partners f32[b, ...], lam f32[b]."""
+  """Mixed rows lam x_i + (1 - lam) x_j; images (or targets) and partners f32[b, ...], lam f32[b]."""
   weight = lam.reshape(-1, *[1] * (images.ndim - 1))
   return weight * images + (1.0 - weight) * partners

@@ -89,7 +89,7 @@ class FreshNoise(Source[tuple[()]]):
     return ()
 
   def draw(self, state: tuple[()], key: Array, n: int, axis_name: str | None = None) -> Batch:
-    """n images, each of a key of its own; no targets.
+    """Images each of a key of its own, without targets.
 
     Args:
       state: none.

@@ -49,7 +49,7 @@ class Config(Protocol):
 
 
 StudentStep = Callable[[Any, Batch, Any, Any, Array | None, str | None], tuple[Any, dict[str, Array]]]
-"""`(state, batch, teacher, config, weights, axis_name) -> (state, metrics)`; weights f32[b] are 0 for padding, None: all count."""
+"""`(state, batch, teacher, config, weights, axis_name) -> (state, metrics)`; weights f32[b] are 0 for padding, or None."""
 
 
 class RunState(NamedTuple):
@@ -81,13 +81,21 @@ class RunState(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def compiled_step(
-  group: DeviceGroup, structure: Hashable, step: StudentStep, config: Config, updates: bool, source_term: int
+  group: DeviceGroup,
+  structure: Hashable,
+  image_shape: tuple[int, int, int],
+  step: StudentStep,
+  config: Config,
+  *,
+  updates: bool,
+  source_term: int,
 ) -> Callable[..., tuple[RunState, dict[str, Array]]]:
   """The joint step `(state, source, rows, teacher, key) -> (state, metrics)`: update the source, draw, update the student.
 
   Args:
     group: the devices.
     structure: of the source as a pytree. It is here because jaxlib 0.10 takes dataclasses with alike fields for one.
+    image_shape: (h, w, c) that the source says it has.
     step: what the student does with a batch.
     config: of the step; its `batch_size` images are drawn.
     updates: whether the source is updated.
@@ -104,7 +112,7 @@ def compiled_step(
     if updates:
       made, found = source.update(made, key, teacher, state.student.student, axis_name)
     batch = source.draw(made, key, n, axis_name) if rows is None else source.assemble(rows)
-    _check_batch(batch, source, n, group.size)
+    _check_batch(batch, type(source).__name__, (-(-n // group.size), *image_shape))
     student, metrics = step(state.student, batch, teacher, config, parallel.padding_weights(n, axis_name), axis_name)
     if found:
       is_bad = ~jnp.all(jnp.isfinite(jnp.stack([jnp.asarray(value, jnp.float32) for value in found.values()])))
@@ -117,13 +125,12 @@ def compiled_step(
   return group.compile(joint, donate=(0,))
 
 
-def _check_batch(batch: Batch, source: Source[Any], n: int, devices: int) -> None:
+def _check_batch(batch: Batch, name: str, expected: tuple[int, ...]) -> None:
   """While the step is traced; a batch of another shape would be padded or broadcast somewhere behind."""
-  expected = (-(-n // devices), *source.image_shape)
   if batch.images.shape != expected:
-    raise KwjaxError(f"{type(source).__name__} drew images of shape {batch.images.shape} where {expected} belong")
+    raise KwjaxError(f"{name} drew images of shape {batch.images.shape} where {expected} belong")
   if batch.targets is not None and (batch.targets.ndim != 2 or len(batch.targets) != expected[0]):
-    raise KwjaxError(f"{type(source).__name__} drew targets of shape {batch.targets.shape} for {expected[0]} images")
+    raise KwjaxError(f"{name} drew targets of shape {batch.targets.shape} for {expected[0]} images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +211,8 @@ def train_on(
   layout = _Joined(Rows(group, n, is_whole=True) if source.has_rows else Copies(group), Copies(group))
   begun = store.restore(RunState(source.init(jax.random.fold_in(key, INIT)), student))
   given, key_placed = (group.replicate(source), group.replicate(teacher)), group.replicate(key)
-  compiled = functools.partial(
-    compiled_step, group, jax.tree.structure(source), step, config, source_term=len(words.terms)
-  )
+  structure, shape = jax.tree.structure(source), tuple(source.image_shape)
+  compiled = functools.partial(compiled_step, group, structure, shape, step, config, source_term=len(words.terms))
 
   def refreshed(done: int, state: RunState) -> RunState:
     phase_key = jax.random.fold_in(jax.random.fold_in(key, REFRESH), done)

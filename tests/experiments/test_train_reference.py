@@ -66,7 +66,7 @@ def test_a_run_leaves_a_network_that_loads_and_a_second_one_does_nothing(
   def refuse(*_: Any, **__: Any) -> None:
     raise AssertionError("trained a step, or evaluated, again")
 
-  monkeypatch.setattr("kwjax.training.run.train_step", refuse)
+  monkeypatch.setattr("kwjax.sources.run.compiled_step", refuse)
   monkeypatch.setattr(train_reference, "evaluate", refuse)
   before = (tmp_path / "net" / "model.safetensors").read_bytes()
   assert main(arguments(digits, tmp_path)) == 0

@@ -39,9 +39,7 @@ def test_killed_and_started_again_source_and_student_have_the_same_bits(tmp_path
   # Before the first checkpoint, and between two.
   for done in (1, 5):
     with pytest.raises(Killed):
-      distill(
-        student, teacher, SOURCE, CONFIG, key=KEY, workdir=tmp_path, devices=devices, callback=kill_at(done)
-      )
+      distill(student, teacher, SOURCE, CONFIG, key=KEY, workdir=tmp_path, devices=devices, callback=kill_at(done))
   resumed, again = run(tmp_path, devices)
   assert again == history
   np.testing.assert_array_equal(flat(resumed.source), flat(whole.source))
@@ -114,7 +112,11 @@ class Phases(Source[jax.Array]):
 
   def refresh(self, state: jax.Array, key: jax.Array, teacher: Any, student: Any) -> jax.Array:
     del teacher
-    return 0.5 * jnp.asarray(state) + 0.5 * jax.random.uniform(key) + 0.0 * jnp.sum(student.variables["params"]["fc"]["bias"])
+    return (
+      0.5 * jnp.asarray(state)
+      + 0.5 * jax.random.uniform(key)
+      + 0.0 * jnp.sum(student.variables["params"]["fc"]["bias"])
+    )
 
 
 def test_a_source_is_refreshed_at_the_start_of_each_phase_once(tmp_path: pathlib.Path) -> None:

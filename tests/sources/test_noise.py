@@ -19,7 +19,10 @@ KEY = jax.random.key(5)
 SHAPE, MEAN, STD = (8, 8, 3), (0.5, 0.4, 0.45), (0.25, 0.3, 0.2)
 CONFIG = DistillConfig(5, batch_size=8, learning_rate=0.01, iq_weight=0.0, current=(".*",))
 CONFIG = CONFIG.replace(log_every=1, checkpoint_every=2)
-NOISE = {"gaussian": FreshNoise.gaussian(SHAPE, MEAN, STD), "dead_leaves": FreshNoise.dead_leaves(SHAPE, radii=(0.1, 0.9))}
+NOISE = {
+  "gaussian": FreshNoise.gaussian(SHAPE, MEAN, STD),
+  "dead_leaves": FreshNoise.dead_leaves(SHAPE, radii=(0.1, 0.9)),
+}
 ONE = {
   "gaussian": lambda key: gaussian_images(key, 1, SHAPE, MEAN, STD),
   "dead_leaves": lambda key: dead_leaves(key, 1, SHAPE, radii=(0.1, 0.9)),

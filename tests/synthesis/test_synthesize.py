@@ -169,7 +169,9 @@ def test_divergence_in_the_middle_names_the_last_good_checkpoint(tmp_path: pathl
     return jnp.where(bns_loss(evidence.reference, evidence.measured) < limit, jnp.nan, 0.0)
 
   broken = dataclasses.replace(settings.objective, extra=(("trap", 1.0, trap),))
-  with pytest.raises(NonFiniteError, match=rf"total loss became NaN .* at step {step}; the last good checkpoint is .*/\d0; a lower"):
+  with pytest.raises(
+    NonFiniteError, match=rf"total loss became NaN .* step {step}; the last good checkpoint is .*/\d0; "
+  ):
     synthesize(
       network, settings.replace(objective=broken), num_images=4, key=KEY, workdir=tmp_path, checkpoint_seconds=0
     )
