@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -38,22 +38,36 @@ class Source(abc.ABC, Generic[State]):
   pytree: by `jax.tree_util.register_static` where all fields are settings, by `jax.tree_util.register_dataclass` where some
   are arrays, which then go to the devices once.
 
-  Always: a source never sees real images; `init`, `draw` and `update` depend on nothing but their arguments; the state
-  keeps its structure and shapes, and everything that is learnt or remembered is in it, because checkpoints hold the state. A
-  step updates the source, draws from it and updates the student, with one key: a source that needs several folds them from
-  it. Labels, noise and mixtures are values of one shape, never Python branches.
+  Always: `init`, `draw` and `update` depend on nothing but their arguments. The state keeps its structure and shapes, and
+  everything that is learnt or remembered is in it, because checkpoints hold the state. Labels, noise and mixtures are values
+  of one shape, never Python branches.
 
-  Attributes:
-    image_shape: (h, w, c), a field or a property.
-    has_rows: whether arrays of the state hold a row an image and are split over the devices; else each device has a copy.
-    update_every: steps between two calls of `update`; 5 with five draws of the student an update.
-    phase_steps: steps between two calls of `refresh`, the first before step 0; None: never.
+  A step updates the source, draws from it and updates the student. `update` and `draw` get the same key: a source that needs
+  several folds them from it, and one whose student is to see the very images of the update makes them from the same key and
+  the weights before the update, which it keeps in its state.
   """
 
-  image_shape: tuple[int, int, int]
-  has_rows: bool = False
-  update_every: int = 1
-  phase_steps: int | None = None
+  if TYPE_CHECKING:
+    # Read-only, so that fields of frozen dataclasses may take their place, and properties.
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+      """(h, w, c); every source has it."""
+
+    @property
+    def has_rows(self) -> bool:
+      """Whether arrays of the state hold a row an image and are split over the devices; False: each device has a copy."""
+
+    @property
+    def update_every(self) -> int:
+      """Steps between two calls of `update`, 1; with 5 the student sees five draws for one update."""
+
+    @property
+    def phase_steps(self) -> int | None:
+      """Steps between two calls of `refresh`, the first before step 0; None: it is never called."""
+
+  else:
+    has_rows, update_every, phase_steps = False, 1, None
 
   @abc.abstractmethod
   def init(self, key: Array) -> State:

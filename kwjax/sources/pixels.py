@@ -63,7 +63,7 @@ class Pixels(Source[PixelsState]):
     return cls(config, teacher.image_shape, teacher.num_classes)
 
   @property
-  def phase_steps(self) -> int:  # type: ignore[override]
+  def phase_steps(self) -> int:
     """Steps until the images start anew."""
     return max(self.config.steps, 1)
 

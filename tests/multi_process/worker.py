@@ -18,6 +18,7 @@ from kwjax.runtime import processes
 from kwjax.runtime.evaluate import agreement, evaluate
 from kwjax.runtime.parallel import DeviceGroup, device_group, padding_weights, value_and_grad_of_shard
 from kwjax.runtime.workdir import graceful_shutdown
+from kwjax.sources import Pixels
 from kwjax.synthesis import SynthesisConfig, synthesis_loss, synthesize
 from tests.networks import tiny_network
 
@@ -76,6 +77,9 @@ def numbers(devices: int) -> dict[str, np.ndarray]:
   samples = synthesize(network, CONFIG.replace(steps=3), num_images=7, key=jax.random.key(SEED), devices=devices)
   config = DistillConfig(2, batch_size=5, learning_rate=0.01, iq_weight=0.0)
   tuned = distill(other, network, images, config, key=jax.random.key(SEED), devices=devices)
+  # Pixels and their optimizer are split over the devices, and the state that is fetched has no padding.
+  source = Pixels.of(network, CONFIG.replace(steps=4, batch_size=5))
+  made = distill(other, network, source, config, key=jax.random.key(SEED), devices=devices)
   # Fewer images than processes, or than devices: one process has nothing but filling.
   few = evaluate(network, images[:1], labels[:1], devices=devices)
   lone = observe_ranges(network, images[:1], devices=devices)
@@ -92,6 +96,7 @@ def numbers(devices: int) -> dict[str, np.ndarray]:
     "images": samples.images,
     "labels": samples.labels,
     "loss": samples.history["loss"],
+    "tuned_on_images": np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(made.variables)]),
     "tuned": np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tuned.variables)]),
   }
 
