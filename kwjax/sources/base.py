@@ -136,8 +136,8 @@ class Source(abc.ABC, Generic[State]):
 
   def to_json(self) -> dict[str, Any]:
     """What the images depend on, for checkpoints: the fields of the dataclass; of arrays their SHA-256."""
-    fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-    return {"name": _name(type(self)), **{field.name: described(getattr(self, field.name)) for field in fields}}
+    names = [field.name for field in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
+    return {"name": _name(type(self)), **{name: described(getattr(self, name)) for name in names}}
 
 
 def described(value: Any) -> Any:
@@ -151,8 +151,8 @@ def described(value: Any) -> Any:
   # A dataclass of arrays, such as a network, is a pytree with leaves of its own.
   has_leaves = is_pytree(value) and jax.tree.leaves(value)
   if dataclasses.is_dataclass(value) and not isinstance(value, type) and not has_leaves:
-    fields = {field.name: described(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return {"name": _name(type(value)), **fields}
+    settings = {field.name: described(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {"name": _name(type(value)), **settings}
   if isinstance(value, Sequence):
     return [described(entry) for entry in value]
   if callable(value):

@@ -123,12 +123,15 @@ class FixedSet(Source[tuple[()]]):
     plan = rows.plan
     images = gather(self.images, plan) if rows.images is None else rows.images
     pair = rows.targets if self.targets is None else gather(self.targets, plan)
-    targets = None if pair is None else mixed(*(self._soft(values) for values in pair), plan)
+    targets = None
+    if pair is not None:
+      targets = mixed(self._soft(pair[0]), None if pair[1] is None else self._soft(pair[1]), plan)
     return Batch(assemble(*images, plan, self.augment), targets)
 
-  def _soft(self, targets: Array | None) -> Array | None:
-    if targets is None or targets.ndim > 1:
+  def _soft(self, targets: Array) -> Array:
+    if targets.ndim > 1:
       return targets
+    assert self.num_classes is not None
     return jax.nn.one_hot(targets, self.num_classes)
 
   def on_devices(self, count: int) -> FixedSet:

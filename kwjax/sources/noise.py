@@ -58,7 +58,7 @@ class FreshNoise(Source[tuple[()]]):
     """
     if not len(mean) == len(std) == image_shape[2] or not all(value > 0.0 for value in std):
       raise KwjaxError(f"Gaussian noise needs a mean and a positive std a channel, found {mean} and {std}")
-    return cls(tuple(image_shape), Gaussian(tuple(map(float, mean)), tuple(map(float, std)), clip))
+    return cls(_shape(image_shape), Gaussian(tuple(map(float, mean)), tuple(map(float, std)), clip))
 
   @classmethod
   def dead_leaves(
@@ -81,7 +81,7 @@ class FreshNoise(Source[tuple[()]]):
       KwjaxError: as `kwjax.dead_leaves`.
     """
     kinds = tuple(LEAF_SHAPES[kind] for kind in shape_indices(shapes))
-    return cls(tuple(image_shape), DeadLeaves(kinds, checked_radii(radii), max_leaves))
+    return cls(_shape(image_shape), DeadLeaves(kinds, checked_radii(radii), max_leaves))
 
   def init(self, key: Array) -> tuple[()]:
     """No state, whatever the PRNG key."""
@@ -136,3 +136,9 @@ class DeadLeaves:
       radii=self.radii,
       max_leaves=self.max_leaves,
     )[0]
+
+
+def _shape(image_shape: ImageShape) -> ImageShape:
+  """Hashable also where it came as a list."""
+  height, width, channels = image_shape
+  return (height, width, channels)

@@ -24,8 +24,8 @@ SOURCE_TERM = "the loss of the source of the images"
 """What is reported where the metrics of a source's update are not finite; behind the terms of the student."""
 
 
-class Config(Protocol):
-  """What every training says of its length; hashable."""
+class Config(Hashable, Protocol):
+  """What every training says of its length."""
 
   @property
   def steps(self) -> int:
