@@ -133,6 +133,11 @@ def _check_batch(batch: Batch, name: str, expected: tuple[int, ...]) -> None:
     raise KwjaxError(f"{name} drew targets of shape {batch.targets.shape} for {expected[0]} images")
 
 
+def _copied(state: Any) -> Any:
+  """A step may reuse the memory of its state, in which a source may have put its own arrays or the teacher's."""
+  return jax.tree.map(jnp.array, state)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Joined:
   """A source's state in its layout, a student's as a copy for each device."""
@@ -209,7 +214,7 @@ def train_on(
   rows = np.minimum(np.asarray(group.rows(n)), n - 1)
   feed = source.feed(key, n, rows)
   layout = _Joined(Rows(group, n, is_whole=True) if source.has_rows else Copies(group), Copies(group))
-  begun = store.restore(RunState(source.init(jax.random.fold_in(key, INIT)), student))
+  begun = store.restore(RunState(_copied(source.init(jax.random.fold_in(key, INIT))), student))
   given, key_placed = (group.replicate(source), group.replicate(teacher)), group.replicate(key)
   structure, shape = jax.tree.structure(source), tuple(source.image_shape)
   compiled = functools.partial(compiled_step, group, structure, shape, step, config, source_term=len(words.terms))
@@ -217,7 +222,7 @@ def train_on(
   def refreshed(done: int, state: RunState) -> RunState:
     phase_key = jax.random.fold_in(jax.random.fold_in(key, REFRESH), done)
     made = source.refresh(layout.source.fetch(state.source), phase_key, teacher, group.first(state.student.student))
-    return state._replace(source=layout.source.place(made))
+    return state._replace(source=layout.source.place(_copied(made)))
 
   def advance(done: int, state: RunState) -> tuple[RunState, dict[str, Array]]:
     if source.phase_steps is not None and done % source.phase_steps == 0:

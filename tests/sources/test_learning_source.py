@@ -151,6 +151,34 @@ class Diverging(Phases):
     return state + 1, {"loss": jnp.where(state >= 2, jnp.nan, state)}
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Colours(Source[jax.Array]):
+  """Images of one colour each, which start from arrays of the settings and drift."""
+
+  start: jax.Array
+  image_shape: tuple[int, int, int] = dataclasses.field(default=SHAPE, metadata={"static": True})
+
+  def init(self, key: jax.Array) -> jax.Array:
+    return self.start
+
+  def draw(self, state: jax.Array, key: jax.Array, n: int, axis_name: str | None = None) -> Batch:
+    return Batch(jnp.broadcast_to(0.5 * (state + self.start)[:, None, None, None], (n, *SHAPE)))
+
+  def update(
+    self, state: jax.Array, key: jax.Array, teacher: Any, student: Any, axis_name: str | None = None
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return 0.5 * state, {}
+
+
+def test_arrays_of_the_settings_outlast_a_state_that_began_as_they_are(tmp_path: pathlib.Path) -> None:
+  source = Colours(jnp.linspace(0.0, 1.0, 7))
+  state, _ = run(tmp_path, 1, source, steps=2, target_weight=0.0)
+  np.testing.assert_allclose(state.source, source.start / 4)
+  with pytest.raises(CheckpointError, match=r"source\.start is "):
+    run(tmp_path, 1, Colours(jnp.linspace(0.0, 0.9, 7)), steps=2, target_weight=0.0)
+
+
 def test_what_cannot_work_is_one_sentence() -> None:
   student, teacher = pair()
   config = CONFIG.replace(target_weight=0.0)
