@@ -136,7 +136,7 @@ class Source(abc.ABC, Generic[State]):
 
   def to_json(self) -> dict[str, Any]:
     """What the images depend on, for checkpoints: the fields of the dataclass; of arrays their SHA-256."""
-    names = [field.name for field in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
+    names: list[str] = [field.name for field in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
     return {"name": _name(type(self)), **{name: described(getattr(self, name)) for name in names}}
 
 
