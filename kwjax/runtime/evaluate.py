@@ -174,9 +174,7 @@ def score(
   if labels is None and isinstance(images, ImageData):
     labels = images.labels
   wanted = None if labels is None else checked_labels(np.asarray(labels), len(images), None, "evaluation")
-  logits = predict(
-    network, images, batch_size=batch_size, devices=devices, progress=progress, should_stop=should_stop
-  )
+  logits = predict(network, images, batch_size=batch_size, devices=devices, progress=progress, should_stop=should_stop)
   return score_logits(logits, len(images), wanted, reference_logits)
 
 

@@ -88,8 +88,9 @@ def forward_rows(
     NonFiniteError: `check` found something, in any process.
     Interrupted: `should_stop` returned True in any process. What was forwarded until then is yielded first.
   """
-  if not len(images) or batch_size < 1:
-    raise DataError(f"expected at least one image and batch_size >= 1, got {len(images)} and {batch_size}")
+  check_batch_size(batch_size)
+  if not len(images):
+    raise DataError("expected at least one image, found none")
   group, own = device_group(devices).local, processes.share(len(images))
   size = forward_size(group, batch_size, len(own), image_shape(images))
 
@@ -143,9 +144,11 @@ def forward_batches(
     `Forwarded`, in order.
 
   Raises:
+    DataError: the batch size is below 1.
     NonFiniteError: `check` found something, in any process.
     Interrupted: `should_stop` returned True in any process. What was forwarded until then is yielded first.
   """
+  check_batch_size(batch_size)
   group, deal = device_group(devices).local, processes.count() if share else 1
   total: int | None = None
   if isinstance(images, Images):
@@ -230,6 +233,16 @@ def padded_batches(images: Images, batch_size: int) -> Iterator[tuple[np.ndarray
   for start in range(0, len(images), batch_size):
     pixels = read(images, start, min(start + batch_size, len(images)))
     yield _padded(pixels, batch_size), len(pixels)
+
+
+def check_batch_size(batch_size: int) -> None:
+  """Refuse a batch that holds no image.
+
+  Raises:
+    DataError: the batch size is below 1.
+  """
+  if batch_size < 1:
+    raise DataError(f"the batch size must be at least 1, found {batch_size}")
 
 
 def read(images: Images, start: int, stop: int) -> np.ndarray:

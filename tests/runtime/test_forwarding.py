@@ -14,7 +14,7 @@ from kwjax.errors import Interrupted
 from kwjax.kernels import pointwise
 from kwjax.models.mobilenet import InvertedResidual
 from kwjax.quantization import observe_ranges
-from kwjax.quantization.calibrate import recording_extremes
+from kwjax.quantization.extremes import recording_extremes
 from kwjax.quantization.histograms import observe_histograms
 from kwjax.runtime import forwarding
 from kwjax.runtime.evaluate import predict
