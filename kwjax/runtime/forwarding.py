@@ -163,7 +163,9 @@ def forward_batches(
     for load in own:
       pixels = load()
       if count := len(pixels):
-        yield (_padded(pixels, group.padded(count)), group.weights(count)), count
+        size = group.padded(count)
+        weights = None if size == count else (np.arange(size) < count).astype(np.float32)
+        yield (_padded(pixels, size), weights), count
 
   compiled = _compiled(_batch_of, step, group, tuple((options or {}).items()))
   walk = progress_bar(batches(), description, total=total, progress=progress)
