@@ -16,6 +16,7 @@ from kwjax.errors import DataError
 from kwjax.runtime import processes
 from kwjax.runtime.data import ImageData, checked_labels
 from kwjax.runtime.forwarding import Images, forward_rows
+from kwjax.runtime.logits import image_differences, image_hits
 from kwjax.runtime.parallel import Devices
 
 
@@ -193,10 +194,10 @@ def score_logits(
   accuracy, agreed = None, None
   if labels is not None:
     wanted = np.asarray(checked_labels(labels, count, logits.shape[1], "evaluation"))
-    hits = _total(_hits(logits, wanted[own.start : own.stop]))
+    hits = _total(image_hits(logits, wanted[own.start : own.stop]))
     accuracy = Accuracy(hits[0] / count, hits[1] / count if logits.shape[1] > 5 else None, count)
   if reference_logits is not None:
-    same, divergence, signal, noise = _total(_differences(logits, reference_logits))
+    same, divergence, signal, noise = _total(image_differences(logits, reference_logits))
     if noise == 0:
       ratio = math.inf
     else:
@@ -281,33 +282,6 @@ def wilson_interval(successes: float, count: int, confidence: float = 0.95) -> t
   centre, factor = p + z * z / (2 * count), 1 + z * z / count
   spread = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
   return max(0.0, (centre - spread) / factor), min(1.0, (centre + spread) / factor)
-
-
-def _hits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """Whether the label is the first, and among the first five, of each image's logits: bool[n,2]."""
-  own = np.take_along_axis(logits, labels[:, None].astype(np.int64), axis=1)
-  lower = np.arange(logits.shape[1]) < labels[:, None]
-  # Quantised networks do produce equal logits; the rank counts those of lower classes as before.
-  rank = np.sum((logits > own) | ((logits == own) & lower), axis=1)
-  return np.stack([rank < 1, rank < 5], axis=1)
-
-
-def _differences(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
-  """Same first class, KL(reference || network), squared reference and squared difference of each image: f64[n,4]."""
-  found, expected = logits.astype(np.float64), reference.astype(np.float64)
-  log_p, log_q = _log_softmax(expected), _log_softmax(found)
-  columns = (
-    found.argmax(1) == expected.argmax(1),
-    np.sum(np.exp(log_p) * (log_p - log_q), axis=1),
-    np.sum(expected**2, axis=1),
-    np.sum((expected - found) ** 2, axis=1),
-  )
-  return np.stack(columns, axis=1).astype(np.float64)
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-  shifted = x - x.max(axis=1, keepdims=True)
-  return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def _total(rows: np.ndarray) -> list[float]:
