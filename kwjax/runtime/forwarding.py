@@ -41,11 +41,11 @@ class Forwarded(NamedTuple):
 
   Attributes:
     found: pytree of NumPy arrays [d, ...], one entry per device of this process.
-    count: images in the batch, without padding.
+    images: number of images in the batch, without padding.
   """
 
   found: PyTree
-  count: int
+  images: int
 
 
 def forward_rows(
