@@ -40,7 +40,6 @@ if __name__ == "__main__":
   relaunch_with_huge_pages()
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments._harness import cost, image_sets, stages
@@ -54,6 +53,8 @@ from experiments._harness.tables import PERCENT, Results, Table
 from kwjax.analysis import figures
 from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantRules
+from kwjax.runtime import processes
+from kwjax.runtime.forwarding import forward_rows
 from kwjax.synthesis.objective import smoothness_prior
 
 SCHEMES = ("inception", "bns+inception")
@@ -171,13 +172,18 @@ def smoothness_of(source: Source) -> Any:
   """How the smoothness of a source's images is computed, as a cell's `compute`."""
 
   def compute(site: Site, seed: int) -> float:
-    images = source.images(site, seed)
-    prior = jax.jit(smoothness_prior)
-    # In parts: the blur holds several copies of what it is given.
-    parts = [images[start : start + 256] for start in range(0, len(images), 256)]
-    return sum(float(prior(jnp.asarray(part))) * len(part) for part in parts) / len(images)
+    # In batches: the blur holds several copies of what it is given.
+    rows = forward_rows(
+      _smoothness, None, source.images(site, seed), batch_size=256, description="smoothness", devices=1
+    )
+    return float(processes.gather(np.concatenate(list(rows))).mean(dtype=np.float64))
 
   return compute
+
+
+def _smoothness(_: None, images: jax.Array) -> jax.Array:
+  """Smoothness f32[b] of every image alone."""
+  return jax.vmap(lambda image: smoothness_prior(image[None]))(images)
 
 
 def _float(site: Site, setup: Setup) -> Mapping[str, Any] | None:

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments._harness import stages
 from experiments._harness.common import say
 from experiments._harness.image_sets import digest, identity, short_name
 from experiments._harness.stages import DISTILL_KEY, GAUSSIAN_KEY, Site
-from kwjax.batchnorm import adjust_statistics, current_layers, observing
+from kwjax.batchnorm import adjust_statistics, current_layers, observing, weigh
 from kwjax.distillation import DistillConfig, distill
 from kwjax.models import get_model
 from kwjax.network import Network
 from kwjax.runtime.data import ImageData
+from kwjax.runtime.forwarding import forward_batches
 from kwjax.sources import FreshNoise
 from kwjax.synthesis import dead_leaves, gaussian_images
 from kwjax.training import initial_variables
@@ -176,19 +176,29 @@ class Recipe:
 
 
 def current_top1(site: Site, network: Network, data: ImageData, batch_size: int) -> float:
-  """Top-1 with every BatchNorm layer on the statistics of the batch, on one device.
+  """Top-1 with every BatchNorm layer on the statistics of the batch.
 
   Args:
     site: where.
     network: with BatchNorm.
-    data: labelled images, cut into batches as equal as possible: filling one up would change its statistics.
-    batch_size: images a batch, at most.
+    data: labelled images, cut into batches as equal as possible.
+    batch_size: most images in a batch.
   """
   assert data.labels is not None
-  forward = jax.jit(observing(network.forward, current=(".*",), record_moments=False))
-  hits = 0
-  for part in np.array_split(np.arange(len(data)), -(-len(data) // batch_size)):
-    site.shutdown_point()
-    logits = forward(network.variables, jnp.asarray(data.read(part)))[0]
-    hits += int(np.sum(np.argmax(logits, -1) == data.labels[part]))
-  return hits / len(data)
+  batches = forward_batches(
+    _current_logits,
+    network,
+    data,
+    batch_size=batch_size,
+    description="evaluation",
+    devices=1,
+    should_stop=site.should_stop,
+  )
+  logits = np.concatenate([found[0] for found, _ in batches])
+  return float(np.mean(logits.argmax(-1) == data.labels))
+
+
+def _current_logits(network: Network, images: jax.Array, weights: jax.Array | None, axis_name: str | None) -> jax.Array:
+  variables = network.variables if weights is None else weigh(network.variables, weights)
+  apply = observing(network.forward, axis_name=axis_name, current=(".*",), record_moments=False)
+  return apply(variables, images)[0]

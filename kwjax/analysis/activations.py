@@ -1,11 +1,8 @@
-"""What reaches the BatchNorm layers of a network, by layer: distributions, divergence, dead channels, and the answers."""
+"""Inputs of a network's BatchNorm layers: distributions, divergence and dead channels by layer, and the logits."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,19 +14,21 @@ import numpy as np
 from kwjax import intercept
 from kwjax.batchnorm import (
   Moments,
+  entry_weights,
   gaussian_kl,
   matches,
   observing,
   over_devices,
   recorded_moments,
   reference_moments,
+  weigh,
 )
-from kwjax.batchnorm.moments import Pooled, merge
+from kwjax.batchnorm.moments import Pooled, merge_layers
 from kwjax.batchnorm.normalize import running_moments
-from kwjax.errors import DataError, Interrupted, KwjaxError, NonFiniteError
+from kwjax.errors import DataError, KwjaxError
 from kwjax.network import ApplyFn, Array, Network
-from kwjax.runtime import processes
-from kwjax.runtime.parallel import DeviceGroup, device_group
+from kwjax.runtime.forwarding import forward_batches
+from kwjax.runtime.parallel import Devices, weight_share
 
 REACH = 6.0
 """The histograms go from -REACH to REACH running standard deviations around the running mean."""
@@ -45,16 +44,16 @@ def bin_edges() -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-  """What `observe_activations` saw. Mappings are in execution order.
+  """What `observe_activations` found. Mappings are in execution order.
 
   Attributes:
-    counts: `{layer: i64[BINS + 2]}`, values of the BatchNorm layer's input, each channel in units of its own running statistics,
-      all channels together; the first entry counts what lies below the bins, the last what lies above.
+    counts: `{layer: i64[BINS + 2]}`, histogram of the BatchNorm layer's input over all channels, each in units of its own
+      running statistics. The first entry counts values below the bins, the last those above.
     reference: `{layer: Moments f[c]}`, the running statistics.
     measured: `{layer: Moments f[c]}`, moments of the inputs over all images.
-    dead: `{layer: bool[c]}` for every convolution and dense layer but the first: input channels that are zero in every pixel of
-      every image, which is what a dead ReLU leaves.
-    logits: f32[n,k], the answers.
+    dead: `{layer: bool[c]}` for every convolution and dense layer but the first: input channels that are zero in every pixel
+      of every image, as behind a dead ReLU.
+    logits: f32[n,k], what the network answers.
   """
 
   counts: dict[str, np.ndarray]
@@ -76,26 +75,35 @@ class Activations:
     return found
 
   def dead_share(self) -> float:
-    """Share of the dead channels in [0, 1], all layers together; 0 where there are none to look at."""
+    """Share of dead channels in [0, 1] over all layers; 0 where there are no channels to look at."""
     flags = [flag for flags in self.dead.values() for flag in np.ravel(flags)]
     return float(np.mean(flags)) if flags else 0.0
 
 
-def recording_activations(apply: ApplyFn, network: Network) -> ApplyFn:
-  """Wrap `apply`: leave a histogram of every BatchNorm input, and which input channels of later layers are ever not zero.
+def recording_activations(apply: ApplyFn, network: Network, weights: Array | None = None) -> ApplyFn:
+  """Wrap `apply`: record a histogram of every BatchNorm input, and which input channels of later layers are ever not zero.
 
   Args:
     apply: what to wrap; `observing` belongs inside, because it takes the place of the layers.
     network: its float network.
+    weights: f32[b], 1 for an image that counts and 0 for padding, or None: all count.
   """
   names = {layer.name for layer in intercept.matmul_layers(network)[1:]}
 
+  def counting(module: nn.Module, x: Array) -> Array | None:
+    """Which entries of the first axis belong to images that count: bool[b, 1, ...]; None: all."""
+    if weights is None:
+      return None
+    return (entry_weights(module, x, weights) > 0).reshape(-1, *[1] * (x.ndim - 1))
+
   def handle(module: nn.Module, x: Array, proceed: Callable[[Array], Any]) -> Any:
     y = proceed(x)  # refuses what has no single feature axis
+    counts = counting(module, x)
     if isinstance(module, nn.BatchNorm):
-      intercept.record(module, _COUNTS, _standardized_counts(module, x))
+      intercept.record(module, _COUNTS, _standardized_counts(module, x, counts))
     else:
-      intercept.record(module, _ALIVE, jnp.any(x != 0, axis=tuple(range(x.ndim - 1))))
+      alive = x != 0 if counts is None else (x != 0) & counts
+      intercept.record(module, _ALIVE, jnp.any(alive, axis=tuple(range(x.ndim - 1))))
     return y
 
   return intercept.intercept(
@@ -103,35 +111,33 @@ def recording_activations(apply: ApplyFn, network: Network) -> ApplyFn:
   )
 
 
-def _standardized_counts(module: nn.BatchNorm, x: Array) -> Array:
-  """i32[BINS + 2] of (x - running mean) / sqrt(running variance + eps)."""
+def _standardized_counts(module: nn.BatchNorm, x: Array, counts: Array | None) -> Array:
+  """i32[BINS + 2] of (x - running mean) / sqrt(running variance + eps), over the entries that count."""
   running = running_moments(module)
   assert isinstance(module.axis, int)
   x = jnp.moveaxis(jnp.asarray(x, jnp.float32), module.axis, -1)
+  added: Array | int = 1
+  if counts is not None:
+    added = jnp.broadcast_to(jnp.moveaxis(counts, module.axis, -1), x.shape).astype(jnp.int32).ravel()
   z = (x - running.mean) * jax.lax.rsqrt(running.var + module.epsilon)
   place = jnp.clip(jnp.floor((z + REACH) * (BINS / (2 * REACH))), -1, BINS).astype(jnp.int32) + 1
-  return jnp.zeros(BINS + 2, jnp.int32).at[place.ravel()].add(1)
+  return jnp.zeros(BINS + 2, jnp.int32).at[place.ravel()].add(added)
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(group: DeviceGroup, current: tuple[str, ...]) -> Callable[..., Any]:
-  return group.compile(functools.partial(_observed, current=current))
-
-
-def _observed(network: Network, images: Array, current: tuple[str, ...], axis_name: str | None) -> dict[str, Any]:
-  """Of one batch: moments over all devices; counts, channels and answers of this device's images."""
+def _observed(
+  network: Network, images: Array, weights: Array | None, axis_name: str | None, current: tuple[str, ...]
+) -> dict[str, Any]:
+  """Of one batch: moments over all devices; counts, channels and logits of the images of this device."""
+  variables = network.variables if weights is None else weigh(network.variables, weights)
   with jax.default_matmul_precision("highest"):
     inner = observing(network.forward, axis_name=axis_name, current=current)
-    logits, mutated = recording_activations(inner, network)(network.variables, images)
-  # nn.scan stacks its layers in front; a layer that is called several times leaves several values.
-  counts = {name: jnp.stack(calls).sum(0) for name, calls in intercept.collect(mutated, _COUNTS).items()}
-  alive = {name: jnp.stack(calls).any(0) for name, calls in intercept.collect(mutated, _ALIVE).items()}
-  moments = over_devices(recorded_moments(mutated), axis_name)
+    logits, mutated = recording_activations(inner, network, weights)(variables, images)
+  # nn.scan stacks its layers in front; a layer that is called several times records several values.
   return {
-    "moments": moments,
+    "moments": over_devices(recorded_moments(mutated), axis_name, share=weight_share(weights, axis_name)),
     "logits": logits,
-    "counts": jax.tree.map(lambda leaf: leaf[None], counts),
-    "alive": jax.tree.map(lambda leaf: leaf[None], alive),
+    "counts": {name: jnp.stack(calls).sum(0) for name, calls in intercept.collect(mutated, _COUNTS).items()},
+    "alive": {name: jnp.stack(calls).any(0) for name, calls in intercept.collect(mutated, _ALIVE).items()},
   }
 
 
@@ -141,35 +147,36 @@ def observe_activations(
   *,
   current: Sequence[str] = (),
   batch_size: int = 128,
-  devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
+  devices: Devices = None,
+  progress: bool = False,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> Activations:
-  r"""Distributions of every BatchNorm layer's input over a set of images, in units of what the running statistics say.
+  r"""Distributions of every BatchNorm layer's input over a set of images, in units of the running statistics.
 
-  The histograms are of $z = (x - \hat\mu_c) / \sqrt{\hat\sigma_c^2 + \epsilon}$: on the data of the training z has mean 0 and
+  The histograms are of $z = (x - \hat\mu_c) / \sqrt{\hat\sigma_c^2 + \epsilon}$: on the training data z has mean 0 and
   variance 1 in every channel. The moments are pooled over the batches exactly, $\mu = \sum_b n_b \mu_b / n$,
   $\sigma^2 = \sum_b n_b (\sigma_b^2 + (\mu_b - \mu)^2) / n$.
 
   Args:
     network: with `nn.BatchNorm`.
     images: f32[n,h,w,c] in [0,1], or noise; n >= 2.
-    current: paths or regular expressions of the layers that normalize with the statistics of their batch, (".*",) for all;
-      the others use the running ones. What a layer is fed with depends on what those before it used.
-    batch_size: images a batch, over all devices; the set is cut into batches as equal as possible, of sizes that divide over
-      the devices (what is left over is not looked at). Of influence where layers use the statistics of the batch.
-    devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process). Every process
-      looks at all the images.
-    should_stop: asked between batches.
+    current: paths or regular expressions of the layers that normalize with the statistics of their batch, (".*",) for all.
+      The others use the running statistics. What a layer gets depends on what the layers before it used.
+    batch_size: most images in a batch, at least 2. The set is cut into batches as equal as possible, whatever the devices.
+      It matters where layers use the statistics of the batch.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
     Activations.
 
   Raises:
     NoBatchNormError: the network has no BatchNorm.
-    DataError: there are fewer than two images a device, or a batch has no room for them.
+    DataError: there are fewer than two images, or the batch size is below 2.
     KwjaxError: `current` names no layer.
-    NonFiniteError: the network's answers are NaN or infinite.
-    Interrupted: `should_stop` said so, in any process.
+    NonFiniteError: the network returns NaN or infinite logits.
+    Interrupted: `should_stop` returned True, in any process.
 
   Source: Raikwar & Mishra (2022), "Discovering and Overcoming Limitations of Noise-engineered Data-free Knowledge Distillation".
   """
@@ -177,33 +184,36 @@ def observe_activations(
   unknown = [pattern for pattern in current if not any(matches(name, [pattern]) for name in names)]
   if unknown:
     raise KwjaxError(f"no BatchNorm layer of {network.name} matches {unknown}; there are {', '.join(names[:8])}, ...")
-  group = device_group(devices).local
-  usable = len(images) - len(images) % group.size
-  if usable < 2 * group.size or batch_size < 2 * group.size:
+  if len(images) < 2 or batch_size < 2:
     raise DataError(
-      f"distributions of activations need at least two images a device, found {len(images)} images and batches of "
-      f"{batch_size} for {group.size} devices"
+      f"distributions of activations need at least two images in a batch, found {len(images)} images and batches of {batch_size}"
     )
-  parts = math.ceil(usable / batch_size)
-  edges = [group.size * (usable // group.size * i // parts) for i in range(parts + 1)]
-  placed, forward = group.replicate(network), _compiled(group, tuple(current))
+
+  def check(found: dict[str, Any]) -> str | None:
+    return None if np.isfinite(found["logits"]).all() else f"{network.name} returns NaN or infinite logits"
+
   pooled: dict[str, Pooled] = {}
   counts: dict[str, np.ndarray] = {}
   alive: dict[str, np.ndarray] = {}
   logits = []
-  for start, end in itertools.pairwise(edges):
-    found = forward(placed, group.shard(np.asarray(images[start:end], np.float32)))
-    for name, moments in jax.device_get(group.first(found["moments"])).items():
-      pooled[name] = merge(pooled.get(name), moments, end - start)
-    for name, batch in group.unshard(found["counts"]).items():
-      counts[name] = counts.get(name, 0) + batch.sum(0, dtype=np.int64)
-    for name, batch in group.unshard(found["alive"]).items():
-      alive[name] = alive.get(name, False) | batch.any(0)
-    logits.append(group.unshard(found["logits"]).astype(np.float32))
-    if not np.isfinite(logits[-1]).all():
-      raise NonFiniteError(f"{network.name} returns NaN or infinite logits for images {start} to {end - 1}")
-    if processes.any_stop(should_stop()):
-      raise Interrupted("stopped while observing activations")
+  for found, count in forward_batches(
+    _observed,
+    network,
+    images,
+    batch_size=batch_size,
+    description="activations",
+    devices=devices,
+    progress=progress,
+    should_stop=should_stop,
+    check=check,
+    options={"current": tuple(current)},
+  ):
+    pooled = merge_layers(pooled, jax.tree.map(lambda value: value[0], found["moments"]), count)
+    for name, by_device in found["counts"].items():
+      counts[name] = counts.get(name, 0) + by_device.sum(0, dtype=np.int64)
+    for name, by_device in found["alive"].items():
+      alive[name] = alive.get(name, False) | by_device.any(0)
+    logits.append(np.concatenate(found["logits"]).astype(np.float32)[:count])
   return Activations(
     _unstacked(intercept.in_order(counts, names)),
     reference,
@@ -216,7 +226,7 @@ def observe_activations(
 
 
 def _unstacked(counts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Layers that nn.scan stacks one by one, named `path[i]` as their moments are."""
+  """Layers that nn.scan stacks, one by one: named `path[i]` as their moments are."""
   found: dict[str, np.ndarray] = {}
   for name, value in counts.items():
     rows = value.reshape(-1, value.shape[-1])

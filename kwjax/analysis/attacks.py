@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,9 +12,10 @@ import optax
 
 from kwjax.errors import DataError, KwjaxError
 from kwjax.network import Array, Network
-from kwjax.runtime.data import checked_labels, pad_batch
-from kwjax.runtime.evaluate import Devices
-from kwjax.runtime.parallel import DeviceGroup, device_group
+from kwjax.runtime import processes
+from kwjax.runtime.data import checked_labels
+from kwjax.runtime.forwarding import forward_rows
+from kwjax.runtime.parallel import Devices
 
 Space = Literal["normalized", "pixel"]
 
@@ -23,10 +23,10 @@ Space = Literal["normalized", "pixel"]
 def fgsm(
   network: Network, images: Array, labels: Array, epsilon: float, *, space: Space = "normalized", clip: bool = False
 ) -> Array:
-  r"""Fast gradient sign method: every image moved by one step that makes its own label less likely; pure.
+  r"""Fast gradient sign method: moves every image by one step that makes its own label less likely; pure.
 
-  $x + \epsilon s\, \mathrm{sign}(\nabla_x CE(\mathrm{logits}(x), y))$; s is the network's `input_std` in "normalized" space,
-  where the network sees a step of epsilon, and 1 in "pixel" space.
+  $x + \epsilon s\, \mathrm{sign}(\nabla_x CE(\mathrm{logits}(x), y))$. In "normalized" space s is the network's `input_std`, so
+  that the network sees a step of epsilon. In "pixel" space s is 1.
 
   Args:
     network: in evaluation mode, float or quantized.
@@ -34,7 +34,7 @@ def fgsm(
     labels: i32[b], below the number of logits.
     epsilon: size of the step. Haroush et al. (2020) have 0.1, which gives their J_KL in normalized space, without clipping.
     space: in whose units epsilon is.
-    clip: bring the result back into [0,1]. Without it pixels may leave it by the step.
+    clip: bring the result back into [0,1], which pixels may leave by the step otherwise.
 
   Returns:
     f32[b,h,w,c].
@@ -67,8 +67,12 @@ def fgsm_images(
   clip: bool = False,
   batch_size: int = 128,
   devices: Devices = None,
+  progress: bool = False,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-  """`fgsm` of any number of images, in batches on one device or many; each process attacks all of them.
+  """`fgsm` of any number of images, in batches, on one device or many.
+
+  Of several processes each attacks its share of the images, and all get all of them.
 
   Args:
     network: as in `fgsm`.
@@ -77,8 +81,10 @@ def fgsm_images(
     epsilon: as in `fgsm`.
     space: as in `fgsm`.
     clip: as in `fgsm`.
-    batch_size: images a step; the last batch is filled up.
-    devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process).
+    batch_size: most images attacked at a time. The last batch is padded.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
     f32[n,h,w,c].
@@ -86,29 +92,29 @@ def fgsm_images(
   Raises:
     DataError: there are no images, or the labels do not fit.
     KwjaxError: as `fgsm`.
+    Interrupted: `should_stop` returned True, in any process.
   """
-  if not len(images) or batch_size < 1:
-    raise DataError(f"expected at least one image and batch_size >= 1, got {len(images)} and {batch_size}")
+  if not len(images):
+    raise DataError("expected at least one image, found none")
   wanted = checked_labels(np.asarray(labels), len(images), _float(network).num_classes, "fgsm")
-  group = device_group(devices).local
-  size = group.padded(min(batch_size, len(images)))
-  placed, attack = group.replicate(network), _compiled_attack(group, float(epsilon), space, clip)
-  parts = []
-  for first in range(0, len(images), size):
-    rows = slice(first, first + size)
-    pixels, classes, valid = pad_batch(
-      np.asarray(images[rows], np.float32), None if wanted is None else wanted[rows], size
-    )
-    parts.append(group.unshard(attack(placed, *group.shard((pixels, classes))))[valid])
-  return np.concatenate(parts)
+  assert wanted is not None
+  rows = forward_rows(
+    _attacked,
+    network,
+    images,
+    wanted,
+    batch_size=batch_size,
+    description="attack",
+    devices=devices,
+    progress=progress,
+    should_stop=should_stop,
+    options={"epsilon": float(epsilon), "space": space, "clip": clip},
+  )
+  return processes.gather(np.concatenate(list(rows)))
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled_attack(group: DeviceGroup, epsilon: float, space: Space, clip: bool) -> Callable[..., Array]:
-  def attack(network: Network, images: Array, labels: Array, axis_name: str | None) -> Array:
-    return fgsm(network, images, labels, epsilon, space=space, clip=clip)
-
-  return group.compile(attack)
+def _attacked(network: Network, images: Array, labels: Array, epsilon: float, space: Space, clip: bool) -> Array:
+  return fgsm(network, images, labels, epsilon, space=space, clip=clip)
 
 
 def _float(network: Network) -> Network:

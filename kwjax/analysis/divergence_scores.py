@@ -16,7 +16,9 @@ from kwjax.batchnorm import Moments, gaussian_kl, observe, reference_moments
 from kwjax.errors import DataError, KwjaxError
 from kwjax.network import Network
 from kwjax.runtime import processes
-from kwjax.runtime.evaluate import Devices, Images, predict
+from kwjax.runtime.evaluate import predict
+from kwjax.runtime.forwarding import Images
+from kwjax.runtime.parallel import Devices
 
 Array = jax.Array
 
@@ -111,13 +113,14 @@ def divergence_scores(
   min_positions: int = MIN_POSITIONS,
   batch_size: int = 256,
   devices: Devices = None,
+  progress: bool = False,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
   r"""A score for single images: the higher, the less an image looks like the training data (foreign, noise, adversarial).
 
-  Without a reference the mean of `image_divergences` over the deepest layers. A single image lacks the variance between
-  images, so that even training images diverge, the plainer the more; in the shallow layers this hides everything else.
-  With a reference the distance from how much images of the right kind diverge, in all layers together.
+  Without a reference the score is the mean of `image_divergences` over the deepest layers. A single image lacks the variance
+  between images, so even training images diverge, plain ones most. In shallow layers this hides everything else. With a
+  reference the score is a distance over all layers: how far the image's divergences are from those of normal images.
 
   Args:
     network: any network with `nn.BatchNorm`, float or quantized.
@@ -126,19 +129,20 @@ def divergence_scores(
     deepest: share of the layers that count, from the last one; 1 is J of Eq. (2)-(3) of Haroush et al. (2020).
     floor: see `image_divergences`.
     min_positions: see `image_divergences`.
-    batch_size: images a forward pass; compiled once, also where the last batch is smaller.
-    devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process).
-    should_stop: asked between batches.
+    batch_size: most images forwarded at a time.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
-    f32[n], of all images in every process; the same for an image whatever is around it.
+    f32[n], in every process the scores of all images. An image's score does not depend on the images around it.
 
   Raises:
     NoBatchNormError: the network has no BatchNorm.
     DataError: there are no images.
     NonFiniteError: a divergence is NaN or infinite.
     KwjaxError: an option is out of range, or the reference was fitted on other layers.
-    Interrupted: `should_stop` said so.
+    Interrupted: `should_stop` returned True, in any process.
   """
   if not 0.0 < deepest <= 1.0:
     raise KwjaxError(f"deepest must lie in (0, 1], found {deepest}")
@@ -148,7 +152,8 @@ def divergence_scores(
     raise KwjaxError(
       f"the reference was fitted on {len(reference.layers)} layers that are not the {len(layers)} of {network.name}"
     )
-  found = _all_rows(scored, images, batch_size, devices, should_stop)
+  where: dict[str, Any] = {"devices": devices, "progress": progress, "should_stop": should_stop}
+  found = processes.gather(predict(scored, images, batch_size=batch_size, **where))
   if reference is not None:
     return reference.distances(found).astype(np.float32)
   return found[:, -math.ceil(len(layers) * deepest) :].mean(axis=1)
@@ -162,21 +167,24 @@ def fit_scores(
   min_positions: int = MIN_POSITIONS,
   batch_size: int = 256,
   devices: Devices = None,
+  progress: bool = False,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> ScoreReference:
-  """What `divergence_scores` takes as normal: mean and covariance of the log divergences of the layers over some images.
+  """What `divergence_scores` takes as normal: mean and covariance of the layers' log divergences over some images.
 
-  The covariance is that of the standardized logarithms, shrunk towards a multiple of the identity: fewer images than
-  layers will do.
+  The logarithms are standardized, and their covariance is shrunk towards a multiple of the identity, so that fewer images
+  than layers are enough.
 
   Args:
     network: as in `divergence_scores`.
-    images: images like the training data, at least two: real ones, or synthetic ones that the network was asked for.
+    images: at least two images like the training data, real ones or synthetic ones made from the network;
+      `ImageData`, or f32[n,h,w,c] in [0,1].
     floor: as it will be in `divergence_scores`.
     min_positions: the same.
-    batch_size: images a forward pass.
-    devices: as in `divergence_scores`.
-    should_stop: asked between batches.
+    batch_size: most images forwarded at a time.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Raises:
     DataError: there are fewer than two different images; and as `divergence_scores`.
@@ -185,7 +193,8 @@ def fit_scores(
   (2018), "A simple unified framework for detecting out-of-distribution samples", for the distance.
   """
   scored = _Divergences(network, floor, min_positions)
-  logs = _log(_all_rows(scored, images, batch_size, devices, should_stop))
+  where: dict[str, Any] = {"devices": devices, "progress": progress, "should_stop": should_stop}
+  logs = _log(processes.gather(predict(scored, images, batch_size=batch_size, **where)))
   deviation = logs.std(axis=0)
   if not (deviation > 0).all():
     raise DataError(
@@ -215,7 +224,7 @@ def ledoit_wolf(samples: np.ndarray) -> np.ndarray:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Divergences:
-  """`image_divergences` in the form of a classifier, whose logits are the layers: it is batched and placed as one."""
+  """`image_divergences` as a `Classifier` with one logit per layer, so that `predict` forwards it."""
 
   network: Network
   floor: float
@@ -231,7 +240,7 @@ class _Divergences:
     return tuple(_reference(self.network, self.min_positions))
 
   def apply(self, images: Array) -> Array:
-    # Statistics of statistics: the bfloat16 products of TPUs and TF32 of GPUs would show in the third digit.
+    # These are statistics of statistics: the bfloat16 products of TPUs and TF32 of GPUs would show in the third digit.
     with jax.default_matmul_precision("highest"):
       found = image_divergences(self.network, images, floor=self.floor, min_positions=self.min_positions)
     return jnp.stack(list(found.values()), axis=1)
@@ -242,14 +251,6 @@ class _Divergences:
   @classmethod
   def tree_unflatten(cls, static: tuple[float, int], children: tuple[Any]) -> _Divergences:
     return cls(children[0], *static)
-
-
-def _all_rows(
-  scored: _Divergences, images: Images, batch_size: int, devices: Devices, should_stop: Callable[[], bool]
-) -> np.ndarray:
-  """f32[n,L] of the images of all processes."""
-  rows = predict(scored, images, batch_size=batch_size, devices=devices, should_stop=should_stop)
-  return processes.gather(rows)
 
 
 def _log(divergences: np.ndarray) -> np.ndarray:

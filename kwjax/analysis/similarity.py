@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kwjax.batchnorm import INPUT, Moments, bns_loss, gaussian_kl, input_moments, observe, reference_moments
-from kwjax.batchnorm.moments import Pooled, merge
-from kwjax.errors import DataError, Interrupted
+from kwjax.batchnorm import Moments, bns_loss, gaussian_kl, observe, reference_moments
+from kwjax.batchnorm.moments import Pooled, merge_layers, over_processes
+from kwjax.errors import DataError
 from kwjax.network import Network
-from kwjax.runtime import processes
-from kwjax.runtime.parallel import DeviceGroup, device_group
+from kwjax.runtime.data import ImageData
+from kwjax.runtime.forwarding import forward_batches
+from kwjax.runtime.parallel import Devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,27 +37,14 @@ class Similarity:
     return {layer: float(np.mean(values)) for layer, values in self.per_layer.items()}
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled_moments(group: DeviceGroup) -> Callable[..., dict[str, Moments]]:
-  return group.compile(_moments)
-
-
-def _moments(network: Network, images: jax.Array, axis_name: str | None) -> dict[str, Moments]:
-  """Moments of this device's images alone: those of the set are pooled on the host, in float64."""
-  # Statistics of statistics: the bfloat16 products of TPUs and TF32 of GPUs would show in the third digit.
-  with jax.default_matmul_precision("highest"):
-    _, measured = observe(network, images)
-  measured[INPUT] = input_moments(images, network)
-  return measured
-
-
 def measure(
   network: Network,
-  batches: Iterable[np.ndarray | jax.Array] | np.ndarray | jax.Array,
+  batches: Iterable[np.ndarray | jax.Array] | np.ndarray | jax.Array | ImageData,
   *,
   include_input: bool = False,
   batch_size: int = 256,
-  devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
+  devices: Devices = None,
+  progress: bool = False,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> Similarity:
   r"""J_KL of a data set against a network's running statistics: streaming and exact.
@@ -69,12 +54,13 @@ def measure(
 
   Args:
     network: any network with `nn.BatchNorm`, float or quantized.
-    batches: images f32[n,h,w,c] in [0,1], or an iterable of such batches.
+    batches: images f32[n,h,w,c] in [0,1], `ImageData`, or an iterable of batches f32[b,h,w,c]. Of several processes each
+      forwards every so-manieth batch. All must give the same batches, and all get the result.
     include_input: count the images themselves as the layer `input`.
-    batch_size: how an array is cut.
-    devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process). Of several
-      processes each forwards every so-manieth batch; all must give the same batches, and all get the result.
-    should_stop: asked between batches.
+    batch_size: most images in a batch; an iterable's batches stay as they are.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
     Similarity.
@@ -82,77 +68,42 @@ def measure(
   Raises:
     NoBatchNormError: the network has no BatchNorm.
     DataError: there are no images.
-    Interrupted: `should_stop` said so, in any process.
+    Interrupted: `should_stop` returned True, in any process.
 
   Source: Haroush et al. (2020), section 3.1 and Appendix (similarity of data sets).
   """
   reference = reference_moments(network, include_input=include_input)
-  group = device_group(devices).local
-  if isinstance(batches, (np.ndarray, jax.Array)):
-    batches = _cut(batches, batch_size, group.size, processes.count())
-  pooled: dict[str, Pooled | None] = dict.fromkeys(reference)
-  placed, stopped = group.replicate(network), False
-  for number, batch in enumerate(batches):
-    if len(batch) == 0 or number % processes.count() != processes.index():
-      continue
-    images = np.asarray(batch, np.float32)
-    for moments, count in _batch_moments(group, placed, images):
-      pooled = {layer: merge(pooled[layer], moments[layer], count) for layer in reference}
-    stopped = processes.stop_is_known(should_stop())
-    if stopped:
-      break
-  if processes.any_stop(stopped):
-    raise Interrupted("stopped while measuring J_KL")
-  pooled = {layer: _of_all_processes(found, reference[layer]) for layer, found in pooled.items()}
-  count = next((int(found.samples) for found in pooled.values() if found is not None), 0)
-  if count == 0:
+  pooled: dict[str, Pooled] = {}
+  for moments, count in forward_batches(
+    _moments,
+    network,
+    batches,
+    batch_size=batch_size,
+    description="similarity",
+    devices=devices,
+    progress=progress,
+    should_stop=should_stop,
+    options={"include_input": include_input},
+    share=True,
+  ):
+    # The moments are equal on all devices.
+    pooled = merge_layers(pooled, jax.tree.map(lambda value: value[0], moments), count)
+  pooled = over_processes(pooled, reference)
+  if not pooled:
     raise DataError("J_KL needs at least one image, found 0")
   measured = {
-    layer: Moments(jnp.asarray(p.mean, jnp.float32), jnp.asarray(p.var, jnp.float32))
-    for layer, p in pooled.items()
-    if p is not None
+    layer: Moments(jnp.asarray(pooled[layer].mean, jnp.float32), jnp.asarray(pooled[layer].var, jnp.float32))
+    for layer in reference
   }
   per_layer = {layer: np.asarray(gaussian_kl(reference[layer], measured[layer])) for layer in reference}
+  count = int(next(iter(pooled.values())).samples)
   return Similarity(np.asarray(bns_loss(reference, measured)), per_layer, count)
 
 
-def _cut(images: np.ndarray | jax.Array, batch_size: int, devices: int, shares: int) -> list[np.ndarray | jax.Array]:
-  """Batches that divide over the devices and are as equal as possible (each further size would be compiled anew), in a
-  number that divides over the processes where there are enough images; what is left over comes last.
-  """
-  body = len(images) - len(images) % devices
-  parts = math.ceil(len(images) / batch_size)
-  parts = max(1, min(math.ceil(parts / shares) * shares, body // devices))
-  edges = [devices * (body // devices * i // parts) for i in range(parts + 1)]
-  return [images[a:b] for a, b in zip(edges, [*edges[1:], len(images)], strict=True)]
-
-
-def _batch_moments(group: DeviceGroup, placed: Network, images: np.ndarray) -> Iterator[tuple[dict[str, Moments], int]]:
-  """Moments of the parts of a batch with the number of images in each; no image is padding, none is left out."""
-  each = len(images) // group.size
-  if each:
-    shares = jax.device_get(_compiled_moments(group)(placed, group.shard(images[: each * group.size])))
-    for i in range(group.size):
-      yield (shares if group.size == 1 else jax.tree.map(operator.itemgetter(i), shares)), each
-  rest = images[each * group.size :]
-  if len(rest):
-    single = DeviceGroup(group.devices[:1])
-    yield (
-      jax.device_get(_compiled_moments(single)(single.replicate(group.first(placed)), single.shard(rest))),
-      len(rest),
-    )
-
-
-def _of_all_processes(own: Pooled | None, like: Moments) -> Pooled | None:
-  """The moments behind all processes' images, pooled in the order of the processes and so the same in each."""
-  if processes.count() == 1:
-    return own
-  empty = np.zeros(np.shape(like.mean), np.float64)
-  row = np.stack([empty, empty] if own is None else [own.mean, own.var])
-  samples = processes.exchange(0.0 if own is None else own.samples)
-  total: Pooled | None = None
-  for (mean, var), count in zip(processes.gather(row[None]), samples, strict=True):
-    if count:
-      # Not as Moments of float32: each process has pooled in float64.
-      total = merge(total, Moments(mean, var), count)
-  return total
+def _moments(
+  network: Network, images: jax.Array, weights: jax.Array | None, axis_name: str | None, include_input: bool
+) -> dict[str, Moments]:
+  """Moments of the images of all devices."""
+  # These are statistics of statistics: the bfloat16 products of TPUs and TF32 of GPUs would show in the third digit.
+  with jax.default_matmul_precision("highest"):
+    return observe(network, images, axis_name=axis_name, include_input=include_input, weights=weights)[1]

@@ -13,6 +13,7 @@ from kwjax.batchnorm.divergence import (
 from kwjax.batchnorm.moments import Moments, Pooled, batch_moments, merge, over_devices, pool
 from kwjax.batchnorm.observe import (
   INPUT,
+  entry_weights,
   freeze,
   input_moments,
   matches,
@@ -32,6 +33,7 @@ __all__ = [
   "batch_moments",
   "bns_loss",
   "current_layers",
+  "entry_weights",
   "freeze",
   "gaussian_kl",
   "input_moments",

@@ -1,11 +1,9 @@
-"""Running statistics anew from images, and which layers keep theirs: the BatchNorm side of distillation from noise."""
+"""New running statistics from images, and a choice of layers that keep theirs, as distillation from noise needs them."""
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import flax.traverse_util
 import jax
@@ -13,19 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from kwjax import intercept
-from kwjax.batchnorm.moments import Moments, Pooled, merge
+from kwjax.batchnorm.moments import Moments, Pooled, merge_layers
 from kwjax.batchnorm.observe import no_batch_norm, observe
 from kwjax.errors import DataError, KwjaxError
 from kwjax.network import Network
-from kwjax.runtime.parallel import DeviceGroup, device_group
+from kwjax.runtime.forwarding import forward_batches
+from kwjax.runtime.parallel import Devices
 
 _EVERY_LAYER = (".*",)
 
 
 def current_layers(network: Network, running_fraction: float, key: jax.Array) -> tuple[str, ...]:
-  """Names of the BatchNorm layers that shall use the statistics of the batch: all but a random share.
+  """Names of the BatchNorm layers that use the statistics of the batch: all but a random share.
 
-  ceil(P N) of the N layers, drawn without replacement, keep their running statistics; the others are returned, for
+  ceil(P N) of the N layers are drawn without replacement and keep their running statistics. The others are returned, for
   `observe(current=)` and `DistillConfig(current=)`.
 
   Args:
@@ -53,65 +52,69 @@ def current_layers(network: Network, running_fraction: float, key: jax.Array) ->
   return tuple(name for index, name in enumerate(names) if index not in keep)
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(group: DeviceGroup) -> Callable[..., dict[str, Moments]]:
-  return group.compile(_batch_statistics)
-
-
-def _batch_statistics(network: Network, images: jax.Array, axis_name: str | None) -> dict[str, Moments]:
-  # Every layer sees what it sees in training: inputs that the layers before it normalized with this very batch.
-  return observe(network, images, axis_name=axis_name, current=_EVERY_LAYER)[1]
-
-
 def adjust_statistics(
   network: Network,
   images: jax.Array | np.ndarray,
   *,
   batch_size: int = 256,
-  devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
+  devices: Devices = None,
+  progress: bool = False,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> Network:
-  r"""A copy whose running statistics are those of unlabelled images: the moments of all batches, pooled exactly.
+  r"""The network with the statistics of unlabelled images: the moments of all batches, pooled exactly.
 
-  $\mu = \sum_b n_b \mu_b / n$, $\sigma^2 = \sum_b n_b (\sigma_b^2 + (\mu_b - \mu)^2) / n$, where each batch b runs through the
+  $\mu = \sum_b n_b \mu_b / n$, $\sigma^2 = \sum_b n_b (\sigma_b^2 + (\mu_b - \mu)^2) / n$. Each batch b runs through the
   network with its own statistics in every BatchNorm layer, as in training. The old statistics have no influence.
 
   Args:
     network: with `nn.BatchNorm`; its weights stay as they are.
     images: f32[n,h,w,c] in [0,1], n >= 2.
-    batch_size: images a batch; the images are cut into batches as equal as possible, so that none is a batch of one. Sizes
-      that divide over the devices only.
-    devices: number of devices, devices, or None (all accelerators, or one CPU).
+    batch_size: most images in a batch, at least 2. The images are cut into batches as equal as possible, so that no batch
+      holds a single image. The cut does not depend on the devices.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
     The network with new `batch_stats`; `apply` then normalizes with them.
 
   Raises:
     NoBatchNormError: the network has no BatchNorm.
-    DataError: there are fewer than two images a device.
+    DataError: there are fewer than two images, or the batch size is below 2.
+    Interrupted: `should_stop` returned True, in any process.
 
   Source: Raikwar & Mishra (2022), section 4 (re-adjusting the running statistics of the student).
   """
-  group = device_group(devices).local
-  usable = len(images) - len(images) % group.size
-  if len(images) < 2 * group.size or batch_size < 2 * group.size:
+  if len(images) < 2 or batch_size < 2:
     raise DataError(
-      f"statistics need at least two images a device, found {len(images)} images and batches of {batch_size} for "
-      f"{group.size} devices"
+      f"statistics need at least two images in a batch, found {len(images)} images and batches of {batch_size}"
     )
-  parts = math.ceil(len(images) / batch_size)
-  edges = [group.size * (usable // group.size * i // parts) for i in range(parts + 1)]
-  placed = group.replicate(network)
   pooled: dict[str, Pooled] = {}
-  for start, end in itertools.pairwise(edges):
-    batch = np.asarray(images[start:end], np.float32)
-    for layer, moments in jax.device_get(group.first(_compiled(group)(placed, group.shard(batch)))).items():
-      pooled[layer] = merge(pooled.get(layer), moments, end - start)
+  for moments, count in forward_batches(
+    _batch_statistics,
+    network,
+    images,
+    batch_size=batch_size,
+    description="statistics",
+    devices=devices,
+    progress=progress,
+    should_stop=should_stop,
+  ):
+    # The moments are equal on all devices.
+    pooled = merge_layers(pooled, jax.tree.map(lambda value: value[0], moments), count)
   found = {name: Moments(jnp.asarray(p.mean), jnp.asarray(p.var)) for name, p in pooled.items()}
   return with_statistics(network, found)
 
 
+def _batch_statistics(
+  network: Network, images: jax.Array, weights: jax.Array | None, axis_name: str | None
+) -> dict[str, Moments]:
+  # Every layer sees what it sees in training: inputs that the layers before it normalized with this very batch.
+  return observe(network, images, axis_name=axis_name, current=_EVERY_LAYER, weights=weights)[1]
+
+
 def with_statistics(network: Network, moments: dict[str, Moments]) -> Network:
-  """A copy with other running statistics: `{layer: Moments [c]}` as `observe` names them; other layers keep theirs."""
+  """The network with other running statistics, `{layer: Moments [c]}` as `observe` names them; other layers keep theirs."""
   flat = flax.traverse_util.flatten_dict(dict(network.variables["batch_stats"]))
   stacks: dict[str, dict[int, Moments]] = {}
   for name, value in moments.items():

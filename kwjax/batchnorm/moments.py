@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from kwjax.runtime import parallel
+from kwjax.runtime import parallel, processes
 
 Array = jax.Array
 
@@ -192,3 +192,31 @@ def merge(total: Pooled | None, batch: Moments, count: float) -> Pooled:
   delta = mean - total.mean
   pooled_var = (total.samples * total.var + count * var) / n + delta**2 * (total.samples * count / n**2)
   return Pooled(n, total.mean + delta * (count / n), pooled_var)
+
+
+def merge_layers(total: Mapping[str, Pooled], batch: Mapping[str, Moments], count: float) -> dict[str, Pooled]:
+  """Add the moments of every layer of a batch to a stream, see `merge`."""
+  return {name: merge(total.get(name), moments, count) for name, moments in batch.items()}
+
+
+def over_processes(own: Mapping[str, Pooled], like: Mapping[str, Moments]) -> dict[str, Pooled]:
+  """The moments behind the images of all processes, merged in the order of the processes and so the same in each.
+
+  Args:
+    own: stream of this process by layer; a process without images has none.
+    like: moments of every layer, for their names and shapes.
+  """
+  if processes.count() == 1:
+    return dict(own)
+  found = {}
+  for name, shape in ((name, np.shape(moments.mean)) for name, moments in like.items()):
+    pooled = own.get(name, Pooled(0.0, np.zeros(shape), np.zeros(shape)))
+    total: Pooled | None = None
+    samples, rows = processes.exchange(pooled.samples), processes.gather(np.stack([pooled.mean, pooled.var])[None])
+    for (mean, var), count in zip(rows, samples, strict=True):
+      if count:
+        # Not as Moments of float32: each process has merged in float64.
+        total = merge(total, Moments(mean, var), count)
+    if total is not None:
+      found[name] = total
+  return found

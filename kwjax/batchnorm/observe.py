@@ -141,9 +141,23 @@ def _entry_weights(module: nn.BatchNorm, x: Array) -> Array | None:
   attached = intercept.provided(module, _WEIGHTS)
   if attached is None:
     return None
-  weights = attached[0]
+  return entry_weights(module, x, attached[0], runs_over_images=feature_axis(module) % x.ndim != 0)
+
+
+def entry_weights(module: nn.Module, x: Array, weights: Array, *, runs_over_images: bool = True) -> Array:
+  """Weights f32[b] of the entries of the leading axis of x [b, ...] from those of the images.
+
+  Args:
+    module: the layer that x goes into or comes from.
+    x: its leading axis is k times the number of images, and runs image by image.
+    weights: f32[v] of the images of this device: 1 counts, 0 is padding.
+    runs_over_images: whether the leading axis can be that of the images at all.
+
+  Raises:
+    KwjaxError: the leading axis is no multiple of v.
+  """
   size, count = x.shape[0], weights.shape[-1]
-  if weights.ndim != 1 or x.ndim < 2 or feature_axis(module) % x.ndim == 0 or size % count:
+  if not runs_over_images or weights.ndim != 1 or x.ndim < 2 or size % count:
     raise KwjaxError(
       f"layer {intercept.layer_name(module)} has an input of shape {tuple(x.shape)}, whose leading axis does not run over "
       f"the {count} images of a padded batch: use a batch size that is a multiple of the number of devices"

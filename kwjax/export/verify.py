@@ -11,6 +11,7 @@ import numpy as np
 
 from kwjax.errors import KwjaxError
 from kwjax.intercept import Forwardable
+from kwjax.runtime.forwarding import padded_batches
 
 Run = Callable[[np.ndarray], np.ndarray]
 """`images f32[n,h,w,c] in [0,1] -> logits f32[n,k]`."""
@@ -43,13 +44,8 @@ def compare(expected: np.ndarray, found: np.ndarray) -> Comparison:
 
 
 def in_batches(run: Run, images: np.ndarray, batch_size: int) -> np.ndarray:
-  """`run` on a few images at a time; the last batch is filled up, so that files for a fixed batch can be run."""
-  parts = []
-  for start in range(0, len(images), batch_size):
-    batch = np.asarray(images[start : start + batch_size], np.float32)
-    filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), 0)])
-    parts.append(np.asarray(run(filled))[: len(batch)])
-  return np.concatenate(parts)
+  """`run` on a few images at a time. The last batch is padded, so that files for a fixed batch can be run."""
+  return np.concatenate([np.asarray(run(batch))[:count] for batch, count in padded_batches(images, batch_size)])
 
 
 def network_runner(network: Forwardable) -> Run:

@@ -2,8 +2,9 @@
 
 from kwjax.quantization.allocate import Allocation, allocate_bits, allocate_from
 from kwjax.quantization.bias_correction import correct_bias
-from kwjax.quantization.calibrate import calibrate, draws, observe_ranges, ranges_from, recording_extremes
+from kwjax.quantization.calibrate import calibrate, draws, ranges_from
 from kwjax.quantization.equalization import Equalized, Pair, equalize, find_pairs
+from kwjax.quantization.extremes import observe_ranges, recording_extremes
 from kwjax.quantization.fake_quant import fake_quant
 from kwjax.quantization.grids import WEIGHT_READINGS, Clip, Grid, activation_grid, weight_grid
 from kwjax.quantization.histograms import Histogram, Histograms, observe_histograms

@@ -1,22 +1,21 @@
-"""Bits by layer: how much each layer minds few bits, measured, and the best use of a budget of bits."""
+"""Bits per layer: the best use of a budget of bits, by the measured sensitivity of each layer."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from kwjax.errors import RuleError
 from kwjax.network import Array, Network
-from kwjax.quantization.calibrate import check_images
+from kwjax.quantization.extremes import check_images
 from kwjax.quantization.rules import Bits, QuantRules
 from kwjax.quantization.sensitivity import Sensitivity, measure_sensitivity
-from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.parallel import Devices
 
 CANDIDATES = (2, 3, 4, 5, 6, 8)
 _UNITS = 200_000
@@ -126,36 +125,39 @@ def allocate_bits(
   rules: QuantRules | None = None,
   key: Array,
   batch_size: int = 64,
+  devices: Devices = None,
   progress: bool = False,
-  devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> Allocation:
   r"""The best bits for every layer within a budget of mean bits, or of bytes.
 
   $\min \sum_l s_l(b_l)$ with $\sum_l n_l b_l \le B \sum_l n_l$.
 
   $s_l(b)$ = KL(float || layer l alone at b bits), measured on the images; $n_l$: its weights, or the values that it reads.
-  The two sides are separate problems, each solved exactly by dynamic programming, where sizes have no large common divisor
-  in units of 1/200000 of the budget, rounded up.
+  Weights and activations are separate problems. Each is solved exactly by dynamic programming; where sizes have no large
+  common divisor, they are rounded up to units of 1/200000 of the budget.
 
   Args:
     network: the float network.
-    images: f32[n,h,w,c] in [0,1], such as synthetic ones; those after the last whole share of the devices are left out.
-    budget: mean bits, "4w4a" or "3.5w4a", or the size of all kernels and mean bits of activations, "330kBw4a"; 32 leaves a
-      side as the rules have it.
+    images: f32[n,h,w,c] in [0,1], such as synthetic ones.
+    budget: mean bits, "4w4a" or "3.5w4a", or the size of all kernels and the mean bits of activations, "330kBw4a"; 32 leaves
+      a side as the rules have it.
     candidates: bits that a layer may get, 2 to 8.
-    rules: how weights and ranges are read, and the bits of a side without budget; default: those of the paper at 8w8a, whose
-      weights have no integer form from 4 bits on. `QuantRules.parse("8w8a", weights="affine0")` has one, for export.
-    key: PRNG key of the draws of the calibration.
-    batch_size: images forwarded at a time; no influence on the result but for rounding.
-    progress: show a bar.
-    devices: number of devices, devices, or None (all accelerators, or one CPU).
+    rules: weight scheme, how ranges are read, and the bits of a side without budget. Default: those of the paper at 8w8a,
+      whose weights have no integer form from 4 bits on. `QuantRules.parse("8w8a", weights="affine0")` has one, for export.
+    key: PRNG key of the calibration's draws.
+    batch_size: most images forwarded at a time; no influence on the result but for rounding.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
     Allocation.
 
   Raises:
-    DataError: there are no images, or they are unfit.
+    DataError: there are no images, or they do not fit the network.
     RuleError: the budget or the candidates are malformed, or no allocation fits.
+    Interrupted: `should_stop` returned True, in any process.
 
   Source: Yao et al. (2021), "HAWQ-V3", arXiv:2011.10680, integer programming over layers; Cai et al. (2020), "ZeroQ",
   arXiv:2001.00281, 3.2, KL of one layer at a time on synthetic images.
@@ -167,7 +169,15 @@ def allocate_bits(
   base = QuantRules.parse("8w8a") if rules is None else rules
   check_images(network, images)
   table = measure_sensitivity(
-    network, images, bits, base, key=key, batch_size=batch_size, progress=progress, devices=devices
+    network,
+    images,
+    bits,
+    base,
+    key=key,
+    batch_size=batch_size,
+    devices=devices,
+    progress=progress,
+    should_stop=should_stop,
   )
   return allocate_from(network, table, budget=wanted, rules=base)
 

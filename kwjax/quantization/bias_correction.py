@@ -1,9 +1,8 @@
-"""Take back what quantization does to the mean, and to the variance, of every channel, measured on images."""
+"""Correct what quantization does to the mean and the variance of every channel, measured on images."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,14 +10,16 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from kwjax import intercept
+from kwjax.batchnorm import entry_weights
 from kwjax.errors import KwjaxError
-from kwjax.intercept import Forwardable
 from kwjax.network import ApplyFn, Array, Network, Variables
-from kwjax.quantization.calibrate import check_images
+from kwjax.quantization.extremes import check_images
 from kwjax.quantization.wrap import QuantizedNetwork
-from kwjax.runtime.parallel import DeviceGroup, device_group
+from kwjax.runtime.forwarding import check_batch_size, forward_batches
+from kwjax.runtime.parallel import Devices, weight_share
 from kwjax.runtime.parallel import mean as over_devices
 
 _MEANS = "channel_means"
@@ -30,8 +31,15 @@ class _Moments(NamedTuple):
   var: Array
 
 
+class _Sample(NamedTuple):
+  """The images that means are taken over: their weights f32[b] on this device, or None, and the mapped axis, or None."""
+
+  weights: Array | None
+  axis_name: str | None
+
+
 class _Places(NamedTuple):
-  """Where a constant can be taken off: inputs of BatchNorm layers, outputs of layers with a bias."""
+  """Where a constant can be subtracted: inputs of BatchNorm layers, outputs of layers with a bias."""
 
   norms: frozenset[str]
   biased: frozenset[str]
@@ -44,30 +52,36 @@ def correct_bias(
   reference: Network | None = None,
   variance: bool = False,
   batch_size: int = 128,
-  devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
+  devices: Devices = None,
+  progress: bool = False,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> QuantizedNetwork:
-  r"""The copy whose channels have the float network's means on some images: empirical bias correction.
+  r"""The student with the float network's channel means on some images: empirical bias correction.
 
   $e_c = \mathrm{E}[\tilde y_c] - \mathrm{E}[y_c]$ is added to the running mean of the BatchNorm layer that takes $y$, or
   subtracted from the bias of the layer that gives it. With `variance` BatchNorm's running moments are changed so that its
-  output has the float network's mean and variance: rounding also takes from the signal, and deep networks lose it.
-  Layers are corrected one after the other within one forward pass of a batch: a layer's error is measured behind layers that
-  are corrected already. Layers with neither BatchNorm nor bias keep their error.
+  output has the float network's mean and variance: rounding also weakens the signal, most of all in deep networks.
+
+  Layers are corrected in order within one forward pass of a batch, so a layer's error is measured behind corrected layers.
+  Layers with neither BatchNorm nor bias keep their error.
 
   Args:
-    quantized: the copy; its weights, grids and ranges stay as they are.
-    images: f32[n,h,w,c] in [0,1], such as those of the calibration; what does not fill a whole batch is left out.
-    reference: the network whose moments are wanted; default: the copy's own float weights.
+    quantized: the student; its weights, grids and ranges stay as they are.
+    images: f32[n,h,w,c] in [0,1], such as the calibration set. Images that do not fill a whole batch are left out.
+    reference: the network whose moments are wanted; default: the student's own float weights.
     variance: whether BatchNorm's variances are corrected as well.
-    batch_size: images whose mean is taken at once; over batches errors are averaged.
-    devices: number of devices, devices, or None (all accelerators, or one CPU).
+    batch_size: images over which a mean is taken; errors are averaged over batches.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
-    The copy with other running moments and biases.
+    The student with other running moments and biases.
 
   Raises:
-    DataError: there are no images, or they are unfit.
+    DataError: there are no images, or they do not fit the network.
     KwjaxError: no layer has a bias or BatchNorm.
+    Interrupted: `should_stop` returned True, in any process.
 
   Source: Nagel et al. (2019), "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv:1906.04721, 4.2
   and appendix D; for the variance Sun et al. (2019), "Hybrid 8-bit Floating Point (HFP8) Training and Inference", 3.1, who
@@ -75,22 +89,43 @@ def correct_bias(
   """
   reference = quantized.network if reference is None else reference
   check_images(reference, images)
-  places = _places(reference)
-  group = device_group(devices).local
-  if len(images) < group.size:
-    group = device_group(1)
-  size = min(batch_size, len(images)) // group.size * group.size
-  observe, compare = _compiled(group, places, variance)
-  placed = group.replicate(quantized), group.replicate(reference)
-  starts = range(0, len(images) - size + 1, size)
-  total: dict[str, Any] = {}
-  for start in starts:
-    batch = group.shard(np.asarray(images[start : start + size], np.float32))
-    with jax.default_matmul_precision("highest"):
-      found = jax.tree.map(np.float64, group.first(compare(placed[0], batch, observe(placed[1], batch))))
-    total = jax.tree.map(np.add, total, found) if total else found
-  total = jax.tree.map(lambda value: value / len(starts), total)
+  check_batch_size(batch_size)
+  places, size = _places(reference), min(batch_size, len(images))
+  batches = forward_batches(
+    _compare,
+    (quantized, reference),
+    images[: len(images) - len(images) % size],
+    batch_size=size,
+    description="bias correction",
+    devices=devices,
+    progress=progress,
+    should_stop=should_stop,
+    options={"places": places, "variance": variance},
+  )
+  # The shifts are equal on all devices.
+  parts = [jax.tree.map(lambda shift: np.float64(shift[0]), shifts) for shifts, _ in batches]
+  total = jax.tree.map(lambda *values: sum(values) / len(values), *parts)
   return quantized.replace(variables=_corrected(quantized.variables, total, places))
+
+
+def _compare(
+  placed: tuple[QuantizedNetwork, Network],
+  images: Array,
+  weights: Array | None,
+  axis_name: str | None,
+  places: _Places,
+  variance: bool,
+) -> dict[str, Any]:
+  """How far every channel has to be shifted; over all devices."""
+  (quantized, reference), sample = placed, _Sample(weights, axis_name)
+  with jax.default_matmul_precision("highest"):
+    _, mutated = recording_means(reference.forward, places, sample)(reference.variables, images)
+    # Two programs in one: XLA shall not mix them.
+    images, wanted = lax.optimization_barrier((images, _averages(intercept.collect(mutated, _MEANS))))
+    _, mutated = correcting_means(quantized.forward, places, wanted, sample, variance=variance)(
+      quantized.variables, images
+    )
+  return _averages(intercept.collect(mutated, _SHIFTS))
 
 
 def _places(network: Network) -> _Places:
@@ -108,25 +143,25 @@ def _path(layer: str, leaf: str, separator: str) -> str:
   return leaf if layer == "<top>" else f"{layer}{separator}{leaf}"
 
 
-def recording_means(apply: ApplyFn, places: _Places, axis_name: str | None) -> ApplyFn:
-  """Wrap `apply`: leave the moments of each BatchNorm's input and of each biased layer's output, over all devices."""
+def recording_means(apply: ApplyFn, places: _Places, sample: _Sample) -> ApplyFn:
+  """Wrap `apply`: record the moments of each BatchNorm's input and of each biased layer's output."""
 
   def handle(module: nn.Module, x: Array, proceed: Any) -> Any:
     name = intercept.layer_name(module)
     if name in places.norms:
-      intercept.record(module, _MEANS, _channel_moments(x, 1, axis_name))
+      intercept.record(module, _MEANS, _channel_moments(module, x, 1, sample))
       return proceed(x)
     y = proceed(x)
-    intercept.record(module, _MEANS, _channel_moments(y, _bias_axes(module), axis_name))
+    intercept.record(module, _MEANS, _channel_moments(module, y, _bias_axes(module), sample))
     return y
 
   return intercept.intercept(apply, lambda module: _selected(module, places), handle)
 
 
 def correcting_means(
-  apply: ApplyFn, places: _Places, wanted: Mapping[str, _Moments], axis_name: str | None, *, variance: bool
+  apply: ApplyFn, places: _Places, wanted: Mapping[str, _Moments], sample: _Sample, *, variance: bool
 ) -> ApplyFn:
-  """Wrap `apply`: give every channel its wanted moments, and leave the running moments or the shift of the bias that do so."""
+  """Wrap `apply`: give every channel its wanted moments, and record the running moments or the bias shift that do so."""
 
   def handle(module: nn.Module, x: Array, proceed: Any) -> Any:
     wanted, is_norm = intercept.provided(module, _MEANS), intercept.layer_name(module) in places.norms
@@ -137,11 +172,11 @@ def correcting_means(
       )
     if not is_norm:
       y = proceed(x)
-      shift = _channel_moments(y, _bias_axes(module), axis_name).mean - wanted.mean
+      shift = _channel_moments(module, y, _bias_axes(module), sample).mean - wanted.mean
       intercept.record(module, _SHIFTS, shift)
       return y - shift.astype(y.dtype)
     assert isinstance(module, nn.BatchNorm)
-    found, eps = _channel_moments(x, 1, axis_name), module.epsilon
+    found, eps = _channel_moments(module, x, 1, sample), module.epsilon
     mean: Array = module.get_variable("batch_stats", "mean")
     var: Array = module.get_variable("batch_stats", "var")
     gain: Array | float = 1.0
@@ -170,27 +205,22 @@ def _bias_axes(module: nn.Module) -> int:
   return module.get_variable("params", "bias").ndim
 
 
-def _channel_moments(values: Array, kept: int, axis_name: str | None) -> _Moments:
-  """Mean and variance over all but the last `kept` axes."""
+def _channel_moments(module: nn.Module, values: Array, kept: int, sample: _Sample) -> _Moments:
+  """Mean and variance of values [b, ...] over all but the last `kept` axes, over the images of all devices."""
   values, axes = values.astype(jnp.float32), tuple(range(values.ndim - kept))
-  mean = over_devices(values.mean(axes), axis_name)
-  return _Moments(mean, over_devices(jnp.square(values - mean).mean(axes), axis_name))
+  if sample.weights is None:
+    mean = over_devices(values.mean(axes), sample.axis_name)
+    return _Moments(mean, over_devices(jnp.square(values - mean).mean(axes), sample.axis_name))
+  weights = entry_weights(module, values, sample.weights)
+  weights = (weights / jnp.maximum(weights.sum(), 1.0)).reshape(-1, *[1] * (values.ndim - 1))
+  share = weight_share(sample.weights, sample.axis_name)
 
+  def average(entries: Array) -> Array:
+    by_image = entries.mean(axes[1:], keepdims=True)
+    return over_devices((weights * by_image).sum(axes), sample.axis_name, share)
 
-@functools.lru_cache(maxsize=8)
-def _compiled(group: DeviceGroup, places: _Places, variance: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-  def observe(network: Forwardable, images: Array, axis_name: str | None) -> dict[str, Any]:
-    _, mutated = recording_means(network.forward, places, axis_name)(network.variables, images)
-    return _averages(intercept.collect(mutated, _MEANS))
-
-  def compare(
-    network: Forwardable, images: Array, wanted: Mapping[str, _Moments], axis_name: str | None
-  ) -> dict[str, Any]:
-    apply = correcting_means(network.forward, places, wanted, axis_name, variance=variance)
-    _, mutated = apply(network.variables, images)
-    return _averages(intercept.collect(mutated, _SHIFTS))
-
-  return group.compile(observe), group.compile(compare)
+  mean = average(values)
+  return _Moments(mean, average(jnp.square(values - mean)))
 
 
 def _averages(found: Mapping[str, list[Any]]) -> dict[str, Any]:

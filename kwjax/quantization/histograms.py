@@ -1,9 +1,8 @@
-"""How the inputs of layers are distributed: one histogram a layer, streamed over images and merged exactly."""
+"""Histograms of layer inputs, one per layer, streamed over images and merged exactly."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,15 +13,15 @@ import numpy as np
 from kwjax import intercept
 from kwjax.cpu import computed_once
 from kwjax.errors import KwjaxError
-from kwjax.kernels.convolution import fewer_products
 from kwjax.network import ApplyFn, Array, Network, Variables
+from kwjax.quantization.extremes import observed_arithmetic
 from kwjax.quantization.ranges import Interval, RangeTable
 from kwjax.quantization.rules import QuantRules
 from kwjax.quantization.weight_ranges import WeightClips, weight_clips
 from kwjax.quantization.wrap import quantize_weights
 from kwjax.runtime import processes
-from kwjax.runtime.forwarding import forward_batches, in_parts
-from kwjax.runtime.parallel import DeviceGroup, device_group
+from kwjax.runtime.forwarding import forward_rows
+from kwjax.runtime.parallel import Devices
 
 BINS = 2048
 
@@ -90,13 +89,13 @@ def merge(first: Histogram, second: Histogram) -> Histogram:
 
 
 def recording_histograms(apply: ApplyFn, network: Network, edges: Mapping[str, Interval], bins: int) -> ApplyFn:
-  """Wrap `apply`: leave counts i32[b, bins + 1] of every chosen layer's input, sample by sample, the zeros last.
+  """Wrap `apply`: record counts i32[b, bins + 1] of the input of every chosen layer, image by image, the zeros last.
 
   Args:
     apply: what to wrap.
     network: its float network.
-    edges: `{layer: (lowest, highest)}`; f32[], or f32[repeats] for stacked layers. What is outside counts in the end bins.
-    bins: their number.
+    edges: `{layer: (lowest, highest)}`, f32[] or f32[repeats] for stacked layers. Values outside count in the end bins.
+    bins: number of bins.
   """
 
   def wrapped(variables: Variables, images: Array) -> tuple[Array, Variables]:
@@ -125,33 +124,6 @@ def recording_histograms(apply: ApplyFn, network: Network, edges: Mapping[str, I
   return wrapped
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled_counts(group: DeviceGroup, rules: QuantRules | None, bins: int) -> Callable[..., dict[str, Array]]:
-  return group.compile(functools.partial(_counts, rules=rules, bins=bins, group=group))
-
-
-def _counts(
-  placed: tuple[Network, WeightClips, dict[str, Interval]],
-  images: Array,
-  rules: QuantRules | None,
-  bins: int,
-  group: DeviceGroup,
-  axis_name: str | None,
-) -> dict[str, Array]:
-  network, clips, edges = placed
-  apply = network.forward if rules is None else quantize_weights(network.forward, network, rules, clips)
-
-  def forward(part: Array) -> dict[str, Array]:
-    # As the extremes were found, which are the edges.
-    with fewer_products():
-      _, mutated = recording_histograms(apply, network, edges, bins)(network.variables, part)
-    # nn.scan stacks layers in front of the samples.
-    found = intercept.collect(mutated, _COUNTS)
-    return {layer: jnp.moveaxis(jnp.stack(calls).sum(0), -2, 0) for layer, calls in found.items()}
-
-  return in_parts(group, forward, images)
-
-
 def observe_histograms(
   network: Network,
   images: Array | np.ndarray,
@@ -160,47 +132,47 @@ def observe_histograms(
   rules: QuantRules | None = None,
   bins: int = BINS,
   batch_size: int = 64,
+  devices: Devices = None,
   progress: bool = False,
-  devices: int | Sequence[jax.Device] | DeviceGroup | None = None,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Histogram]:
-  """The distribution of every convolution's and dense layer's input over a set of images, in a second pass.
+  """Distribution of the input of every convolution and dense layer over a set of images, in a second pass.
 
-  Of several processes each forwards its share of the images, and all get the whole counts.
+  Of several processes each forwards its share of the images, and all get the counts of all images.
 
   Args:
     network: the float network; BatchNorm runs in evaluation mode.
     images: f32[n,h,w,c] in [0,1].
     table: extremes of the same images, of `observe_ranges`; they are the edges.
-    rules: quantize the weights by these rules first; default: float weights, and the histograms serve any rules.
-    bins: bins a layer.
-    batch_size: images forwarded at a time at most (CPUs take fewer large ones); no influence on the result.
-    progress: show a bar.
-    devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process).
-    should_stop: asked between batches.
+    rules: quantize the weights by these rules first. Default: float weights, and the histograms serve any rules.
+    bins: bins per layer.
+    batch_size: most images forwarded at a time; no influence on the result.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
     `{layer: Histogram}` in execution order.
 
   Raises:
-    Interrupted: `should_stop` said so, in any process.
+    Interrupted: `should_stop` returned True, in any process.
   """
   edges = {name: Interval(*(jnp.asarray(e) for e in (lo.min(0), hi.max(0)))) for name, (lo, hi) in table.items()}
-  group = device_group(devices).local
-  clips = {} if rules is None else weight_clips(network, rules)
-  total: dict[str, np.ndarray] = {}
-  for found, valid in forward_batches(
-    _compiled_counts(group, rules, bins),
-    group.replicate_constants((network, clips, edges)),
+  rows = forward_rows(
+    _counts,
+    (network, {} if rules is None else weight_clips(network, rules), edges),
     images,
-    group,
     batch_size=batch_size,
-    words="histograms",
+    description="histograms",
+    devices=devices,
     progress=progress,
     should_stop=should_stop,
-  ):
+    options={"rules": rules, "bins": bins},
+  )
+  total: dict[str, np.ndarray] = {}
+  for found in rows:
     for name, counts in found.items():
-      total[name] = total.get(name, 0) + counts[valid].sum(0, dtype=np.int64)
+      total[name] = total.get(name, 0) + counts.sum(0, dtype=np.int64)
   summed = {name: processes.gather(total[name][None]).sum(0) for name in table}
   return {
     name: Histogram(
@@ -208,3 +180,15 @@ def observe_histograms(
     )
     for name, counts in summed.items()
   }
+
+
+def _counts(
+  placed: tuple[Network, WeightClips, dict[str, Interval]], images: Array, rules: QuantRules | None, bins: int
+) -> dict[str, Array]:
+  network, clips, edges = placed
+  apply = network.forward if rules is None else quantize_weights(network.forward, network, rules, clips)
+  with observed_arithmetic():
+    _, mutated = recording_histograms(apply, network, edges, bins)(network.variables, images)
+  # nn.scan stacks layers in front of the images.
+  found = intercept.collect(mutated, _COUNTS)
+  return {layer: jnp.moveaxis(jnp.stack(calls).sum(0), -2, 0) for layer, calls in found.items()}

@@ -1,25 +1,23 @@
-"""How good a network is on labelled images, and how much of another network's behaviour it keeps."""
+"""Accuracy of a network on labelled images, and its agreement with a reference network."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from kwjax.errors import DataError, Interrupted, NonFiniteError
+from kwjax.errors import DataError
 from kwjax.runtime import processes
-from kwjax.runtime.data import ImageData, checked_labels, pad_batch
-from kwjax.runtime.forwarding import forward_size, in_parts
-from kwjax.runtime.parallel import DeviceGroup, device_group
-
-Devices = int | Sequence[jax.Device] | DeviceGroup | None
-Images = np.ndarray | jax.Array | ImageData
+from kwjax.runtime.data import ImageData, checked_labels
+from kwjax.runtime.forwarding import Images, forward_rows
+from kwjax.runtime.logits import image_differences, image_hits
+from kwjax.runtime.parallel import Devices
 
 
 class Classifier(Protocol):
@@ -69,52 +67,76 @@ class Score(NamedTuple):
 
 
 def evaluate(
-  network: Classifier, images: Images, labels: Any = None, *, batch_size: int = 256, devices: Devices = None
+  network: Classifier,
+  images: Images,
+  labels: Any = None,
+  *,
+  batch_size: int = 256,
+  devices: Devices = None,
+  progress: bool = False,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> Accuracy:
   """Top-1 and top-5 accuracy. Of equal logits the lower class comes first, as in argmax.
 
   Args:
-    network: `Network`, `QuantizedNetwork` or another `Classifier`; compiled once for each structure and batch shape.
+    network: `Network`, `QuantizedNetwork` or another `Classifier`. It is compiled once per structure and batch shape.
     images: `ImageData`, or f32[n,h,w,c] in [0, 1].
     labels: i[n], each below the number of logits; None takes those of `ImageData`.
-    batch_size: images a forward pass; the last batch is filled up and the filling is not counted.
-    devices: see `predict`.
+    batch_size: most images forwarded at a time. The last batch is padded, and the padding is not counted.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
     `Accuracy`; `top5` is None where there are at most five classes, since it would be 1.
 
   Raises:
-    DataError: no images, no labels, or labels that do not fit.
+    DataError: there are no images or no labels, or the labels do not fit.
     NonFiniteError: the network returns NaN or infinite logits.
+    Interrupted: `should_stop` returned True.
   """
   if labels is None and not (isinstance(images, ImageData) and images.labels is not None):
     raise DataError("evaluation needs labels, and these images have none")
-  accuracy = score(network, images, labels, batch_size=batch_size, devices=devices).accuracy
-  assert accuracy is not None
-  return accuracy
+  found = score(
+    network, images, labels, batch_size=batch_size, devices=devices, progress=progress, should_stop=should_stop
+  )
+  assert found.accuracy is not None
+  return found.accuracy
 
 
 def agreement(
-  network: Classifier, reference: Classifier, images: Images, *, batch_size: int = 256, devices: Devices = None
+  network: Classifier,
+  reference: Classifier,
+  images: Images,
+  *,
+  batch_size: int = 256,
+  devices: Devices = None,
+  progress: bool = False,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> Agreement:
   """Compares a network with a reference on the same images; no labels are needed.
 
   Args:
-    network: the network to judge, usually quantised.
+    network: the network to judge, usually quantized.
     reference: the network it should behave like; same number of logits.
-    images: `ImageData`, or f32[n,h,w,c].
-    batch_size: images a forward pass.
-    devices: see `predict`.
+    images: `ImageData`, or f32[n,h,w,c] in [0, 1].
+    batch_size: most images forwarded at a time.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
     `Agreement`.
 
   Raises:
-    DataError: no images.
+    DataError: there are no images.
     NonFiniteError: one of the networks returns NaN or infinite logits.
+    Interrupted: `should_stop` returned True.
   """
-  expected = predict(reference, images, batch_size=batch_size, devices=devices)
-  found = score(network, images, reference_logits=expected, batch_size=batch_size, devices=devices).agreement
+  where: dict[str, Any] = {
+    "batch_size": batch_size, "devices": devices, "progress": progress, "should_stop": should_stop
+  }  # fmt: skip
+  found = score(network, images, reference_logits=predict(reference, images, **where), **where).agreement
   assert found is not None
   return found
 
@@ -127,6 +149,7 @@ def score(
   *,
   batch_size: int = 256,
   devices: Devices = None,
+  progress: bool = False,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> Score:
   """Accuracy and agreement of a network in one pass over the images.
@@ -135,23 +158,24 @@ def score(
     network: the network to judge.
     images: `ImageData`, or f32[n,h,w,c] in [0, 1].
     labels: i[n]; None takes those of `ImageData`, if it has any.
-    reference_logits: what `predict` returned for the network to agree with and the same images, or None.
-    batch_size: images a forward pass.
-    devices: see `predict`.
-    should_stop: see `predict`.
+    reference_logits: what `predict` returned for the reference network on the same images, or None.
+    batch_size: most images forwarded at a time.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
     `Score`, over the images of all processes.
 
   Raises:
-    DataError: no images, or labels that do not fit.
+    DataError: there are no images, or the labels do not fit.
     NonFiniteError: the network returns NaN or infinite logits.
-    Interrupted: `should_stop` said so.
+    Interrupted: `should_stop` returned True.
   """
   if labels is None and isinstance(images, ImageData):
     labels = images.labels
   wanted = None if labels is None else checked_labels(np.asarray(labels), len(images), None, "evaluation")
-  logits = predict(network, images, batch_size=batch_size, devices=devices, should_stop=should_stop)
+  logits = predict(network, images, batch_size=batch_size, devices=devices, progress=progress, should_stop=should_stop)
   return score_logits(logits, len(images), wanted, reference_logits)
 
 
@@ -164,16 +188,16 @@ def score_logits(
     logits: what `predict` returned for `count` images.
     count: images of all processes.
     labels: i[count], or None.
-    reference_logits: what `predict` returned for the reference and the same images, or None.
+    reference_logits: what `predict` returned for the reference network on the same images, or None.
   """
   own = processes.share(count)
   accuracy, agreed = None, None
   if labels is not None:
     wanted = np.asarray(checked_labels(labels, count, logits.shape[1], "evaluation"))
-    hits = _total(_hits(logits, wanted[own.start : own.stop]))
+    hits = _total(image_hits(logits, wanted[own.start : own.stop]))
     accuracy = Accuracy(hits[0] / count, hits[1] / count if logits.shape[1] > 5 else None, count)
   if reference_logits is not None:
-    same, divergence, signal, noise = _total(_differences(logits, reference_logits))
+    same, divergence, signal, noise = _total(image_differences(logits, reference_logits))
     if noise == 0:
       ratio = math.inf
     else:
@@ -188,51 +212,50 @@ def predict(
   *,
   batch_size: int = 256,
   devices: Devices = None,
+  progress: bool = False,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-  """Logits of images, on the host; of several processes each forwards and gets its own contiguous share of the images.
+  """Logits of images, on the host. Of several processes each forwards and gets its own contiguous share of the images.
 
   Args:
     network: what to forward.
     images: `ImageData`, or f32[n,h,w,c] in [0, 1].
-    batch_size: images a forward pass at most, see `kwjax.runtime.forwarding.forward_size`; the last batch is filled up.
-    devices: number of devices of each process, devices, or None (all accelerators, or one CPU a process).
-    should_stop: asked between batches.
+    batch_size: most images forwarded at a time, see `kwjax.runtime.batch_sizes.forward_size`. The last batch is padded.
+    devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
 
   Returns:
     f32[n,k]; of several processes the rows `kwjax.runtime.processes.share(n)`.
 
   Raises:
-    DataError: no images.
+    DataError: there are no images.
     NonFiniteError: the network returns NaN or infinite logits.
-    Interrupted: `should_stop` said so, in any process.
+    Interrupted: `should_stop` returned True, in any process.
   """
-  if not len(images) or batch_size < 1:
-    raise DataError(f"expected at least one image and batch_size >= 1, got {len(images)} and {batch_size}")
-  group, own = device_group(devices).local, processes.share(len(images))
-  image_shape = images.image_shape if isinstance(images, ImageData) else images.shape[1:]
-  size = forward_size(group, batch_size, len(own), image_shape)
-  placed, forward = group.replicate_constants(network), _compiled_forward(group)
-  parts: list[np.ndarray] = []
-  bad, stopped = 0, False
-  # A process without images still learns the number of classes from a batch of filling.
-  for first in range(own.start, max(own.stop, own.start + 1), size):
-    pixels, _, valid = pad_batch(_read(images, first, min(first + size, own.stop)), None, size)
-    logits = group.unshard(forward(placed, group.shard(pixels))).astype(np.float32)[valid]
-    parts.append(logits)
+
+  def check(logits: np.ndarray) -> str | None:
     # A NaN compares as false with everything and would otherwise count as a hit.
     bad = int((~np.isfinite(logits).all(axis=-1)).sum())
-    stopped = processes.stop_is_known(should_stop())
-    if bad or stopped:
-      break
-  reports = processes.exchange([bad, len(parts[-1]), stopped])
-  for found, seen, _ in reports:
-    if found:
-      name = getattr(network, "name", type(network).__name__)
-      raise NonFiniteError(f"{name} returns NaN or infinite logits for {found} of {seen} images")
-  if processes.any_stop(any(report[2] for report in reports)):
-    raise Interrupted("stopped while forwarding images")
-  return np.concatenate(parts)
+    name = getattr(network, "name", type(network).__name__)
+    return f"{name} returns NaN or infinite logits for {bad} of {len(logits)} images" if bad else None
+
+  rows = forward_rows(
+    _logits,
+    network,
+    images,
+    batch_size=batch_size,
+    description="forward",
+    devices=devices,
+    progress=progress,
+    should_stop=should_stop,
+    check=check,
+  )
+  return np.concatenate(list(rows))
+
+
+def _logits(network: Classifier, images: jax.Array) -> jax.Array:
+  return jnp.asarray(network.apply(images), jnp.float32)
 
 
 def wilson_interval(successes: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -261,48 +284,6 @@ def wilson_interval(successes: float, count: int, confidence: float = 0.95) -> t
   return max(0.0, (centre - spread) / factor), min(1.0, (centre + spread) / factor)
 
 
-def _read(images: Images, first: int, last: int) -> np.ndarray:
-  """Images first..last-1 as f32[n,h,w,c]; a set that is read from disk is read here only."""
-  if isinstance(images, ImageData):
-    return images.read(np.arange(first, last))
-  return np.asarray(images[first:last], np.float32)
-
-
-def _hits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """Whether the label is the first, and among the first five, of each image's logits: bool[n,2]."""
-  own = np.take_along_axis(logits, labels[:, None].astype(np.int64), axis=1)
-  lower = np.arange(logits.shape[1]) < labels[:, None]
-  # Quantised networks do produce equal logits; the rank counts those of lower classes as before.
-  rank = np.sum((logits > own) | ((logits == own) & lower), axis=1)
-  return np.stack([rank < 1, rank < 5], axis=1)
-
-
-def _differences(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
-  """Same first class, KL(reference || network), squared reference and squared difference of each image: f64[n,4]."""
-  found, expected = logits.astype(np.float64), reference.astype(np.float64)
-  log_p, log_q = _log_softmax(expected), _log_softmax(found)
-  columns = (
-    found.argmax(1) == expected.argmax(1),
-    np.sum(np.exp(log_p) * (log_p - log_q), axis=1),
-    np.sum(expected**2, axis=1),
-    np.sum((expected - found) ** 2, axis=1),
-  )
-  return np.stack(columns, axis=1).astype(np.float64)
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-  shifted = x - x.max(axis=1, keepdims=True)
-  return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
 def _total(rows: np.ndarray) -> list[float]:
   """Column sums over the rows of all processes."""
   return [math.fsum(column) for column in zip(*processes.exchange(rows.sum(axis=0).tolist()), strict=True)]
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled_forward(group: DeviceGroup) -> Callable[..., jax.Array]:
-  def forward(network: Classifier, images: jax.Array, axis_name: str | None) -> jax.Array:
-    return in_parts(group, network.apply, images)
-
-  return group.compile(forward)

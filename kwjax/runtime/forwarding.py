@@ -1,118 +1,270 @@
-"""Forward a set of images batch by batch over devices and processes, for whatever is wanted of them.
+"""Forward a set of images once, batch by batch, over devices and processes.
 
-A batch is what one call of a compiled function takes. CPUs compute a large one in parts, one after the other inside that call:
-the activations of a part stay in the cache that cores share, and what a call costs is paid for many of them.
+Everything in kwjax that walks over a data set goes through two functions:
+
+- `forward_rows` is for what each image has of its own, such as logits. All batches have one shape, and one compilation
+  serves them. Several processes share the images.
+- `forward_batches` is for what a batch has as a whole, such as its statistics. Batches are as equal as possible and are
+  the same on any number of devices: padding gets the weight zero.
+
+Both take a pure function, compile it once per group of devices, and read images only when a batch needs them. While the
+host takes in one batch, the devices work on the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax import lax
 from tqdm.auto import tqdm
 
-from kwjax.errors import Interrupted
+from kwjax.errors import DataError, Interrupted, NonFiniteError
 from kwjax.network import Array
 from kwjax.runtime import processes
-from kwjax.runtime.data import pad_batch
-from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.batch_sizes import even_edges, forward_size, in_parts
+from kwjax.runtime.data import ImageData, pad_batch
+from kwjax.runtime.parallel import DeviceGroup, Devices, device_group
 
-_PART_PIXELS = 2 * 224 * 224  # of all images in a part, on one device
-_PARTS = 16  # in a batch at most: 8 take 1 % longer, and a stop waits for all of them
+Images = np.ndarray | jax.Array | ImageData
+"""f32[n,h,w,c] in [0,1], or a data set that decodes its images when they are read."""
 
-
-def part_size(group: DeviceGroup, image_shape: Sequence[int]) -> int | None:
-  """Images of (h, w, c) that a device computes at a time, >= 1; None: as many as it is given, which accelerators do."""
-  if group.devices[0].platform != "cpu":
-    return None
-  return max(_PART_PIXELS // (image_shape[0] * image_shape[1]), 1)
+PyTree = Any
+T = TypeVar("T")
 
 
-def forward_size(group: DeviceGroup, batch_size: int, count: int, image_shape: Sequence[int]) -> int:
-  """Images in a batch over all devices: at most `batch_size` and as many as there are, a multiple of the devices, >= 1.
+class Forwarded(NamedTuple):
+  """What a step found in one batch.
 
-  CPUs take whole parts of large images, 9 to 16 a device where there are as many, by how many fill the last batch best.
+  Attributes:
+    found: pytree of NumPy arrays [d, ...], one entry per device of this process.
+    images: number of images in the batch, without padding.
+  """
+
+  found: PyTree
+  images: int
+
+
+def forward_rows(
+  step: Callable[..., PyTree],
+  constants: PyTree,
+  images: Images,
+  *labels: np.ndarray,
+  batch_size: int,
+  description: str,
+  devices: Devices = None,
+  progress: bool = False,
+  should_stop: Callable[[], bool] = lambda: False,
+  check: Callable[[PyTree], str | None] = lambda rows: None,
+  options: Mapping[str, Hashable] | None = None,
+) -> Iterator[PyTree]:
+  """Yields the rows that a step gives for the images, batch by batch and in order.
+
+  Of several processes each forwards its own share, the images `kwjax.runtime.processes.share(n)`, and all must make this
+  call. A process without images forwards one batch of padding and yields no row of it, so that each learns the shapes.
 
   Args:
-    group: the devices.
-    batch_size: most images over all devices; rounded up to a multiple of them.
-    count: images there are, which may be 0.
-    image_shape: (h, w, c).
+    step: pure function `(constants, images f32[b,h,w,c], *labels, **options) -> pytree of arrays [b, ...]`. A row depends
+      on its own image alone.
+    constants: pytree that every device gets a copy of, such as a network.
+    images: f32[n,h,w,c], or a data set.
+    *labels: arrays [n, ...] that are cut like the images.
+    batch_size: most images forwarded at a time over all devices, see `kwjax.runtime.batch_sizes`.
+    description: text of the progress bar.
+    devices: see `kwjax.runtime.parallel.device_group`; of several processes each uses its own.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
+    check: says what is wrong with the rows of a batch, or None.
+    options: static keyword arguments of the step.
+
+  Yields:
+    Pytree of NumPy arrays [rows of one batch, ...], without padding.
+
+  Raises:
+    DataError: there are no images, or the batch size is below 1.
+    NonFiniteError: `check` found something, in any process.
+    Interrupted: `should_stop` returned True in any process. What was forwarded until then is yielded first.
   """
-  most = max(min(batch_size, count), 1)
-  part = part_size(group, image_shape)
-  if part is None or most <= part * group.size:
-    return group.padded(most)
-  wave = part * group.size
-  waves = min(batch_size // wave, -(-count // wave), _PARTS)
-  # The last batch is filled up, and of batches of almost the same size some leave less to fill.
-  return wave * min(range(waves, waves // 2, -1), key=lambda n: n * -(-count // (n * wave)))
+  check_batch_size(batch_size)
+  if not len(images):
+    raise DataError("expected at least one image, found none")
+  group, own = device_group(devices).local, processes.share(len(images))
+  size = forward_size(group, batch_size, len(own), image_shape(images))
 
+  def batches() -> Iterator[tuple[tuple[Any, ...], int]]:
+    for start in starts:
+      stop = min(start + size, own.stop)
+      pixels, others = read(images, start, stop), [np.asarray(label[start:stop]) for label in labels]
+      yield tuple(_padded(rows, size) for rows in (pixels, *others)), len(pixels)
 
-def in_parts(group: DeviceGroup, forward: Callable[[Array], Any], images: Array) -> Any:
-  """`forward(images)`, on CPUs computed part by part; for functions that are compiled.
-
-  Args:
-    group: the devices that it is compiled for.
-    forward: `f32[b,h,w,c] -> pytree of arrays with one row an image`, each of which depends on that image alone.
-    images: f32[b,h,w,c] of one device.
-  """
-  count, part = images.shape[0], part_size(group, images.shape[1:])
-  if part is None or count <= part:
-    return forward(images)
-  size = next(n for n in range(part, 0, -1) if count % n == 0)
-  found = lax.map(forward, images.reshape(-1, size, *images.shape[1:]))
-  return jax.tree.map(lambda rows: rows.reshape(count, *rows.shape[2:]), found)
+  starts = range(own.start, max(own.stop, own.start + 1), size)
+  compiled = _compiled(_rows_of, step, group, tuple((options or {}).items()))
+  walk = progress_bar(batches(), description, total=len(starts), progress=progress)
+  host = lambda found, count: jax.tree.map(lambda rows: rows[:count], group.unshard(found))
+  return _results(compiled, constants, walk, group, host, should_stop, check)
 
 
 def forward_batches(
-  forward: Callable[[Any, Any], Any],
-  placed: Any,
-  images: Array | np.ndarray,
-  group: DeviceGroup,
+  step: Callable[..., PyTree],
+  constants: PyTree,
+  images: Images | Iterable[np.ndarray | jax.Array],
   *,
   batch_size: int,
-  words: str,
+  description: str,
+  devices: Devices = None,
   progress: bool = False,
   should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[Any, np.ndarray]]:
-  """`(what forward gave of a batch, bool[rows] that are images and no filling)` for this process's share of the images.
+  check: Callable[[PyTree], str | None] = lambda found: None,
+  options: Mapping[str, Hashable] | None = None,
+  share: bool = False,
+) -> Iterator[Forwarded]:
+  """Yields what a step finds in each batch as a whole.
 
-  Every batch has the same shape; a process without images forwards one batch of filling.
+  A set of known length is cut into batches whose sizes differ by one at most: two shapes to compile. The cut does not
+  depend on the devices. A batch that does not divide over them is padded.
 
   Args:
-    forward: compiled by the group, `(placed, images) -> pytree of arrays with one row an image`.
-    placed: its first argument, on the devices.
-    images: f32[n,h,w,c] in [0,1].
-    group: devices of this process.
-    batch_size: images at a time at most, see `forward_size`.
-    words: what the bar says.
-    progress: show a bar.
-    should_stop: asked each time a batch is under way; what was forwarded until then is handed over.
+    step: pure function `(constants, images f32[b,h,w,c], weights, *, axis_name, **options) -> pytree of arrays`, called on
+      every device with its images. The weights f32[b] are 1 for an image and 0 for padding, or None where nothing is padded.
+    constants: pytree that every device gets a copy of, such as a network.
+    images: f32[n,h,w,c], a data set, or an iterable of batches f32[b,h,w,c], which are forwarded as they come.
+    batch_size: most images in a batch over all devices.
+    description: text of the progress bar.
+    devices: see `kwjax.runtime.parallel.device_group`; of several processes each uses its own.
+    progress: show a progress bar.
+    should_stop: called after each batch; True ends the pass.
+    check: says what is wrong with what was found in a batch, or None.
+    options: static keyword arguments of the step.
+    share: of several processes each takes every so-manieth batch; default: every process takes all of them.
+
+  Yields:
+    `Forwarded`, in order.
 
   Raises:
-    Interrupted: `should_stop` said so, in any process.
+    DataError: the batch size is below 1.
+    NonFiniteError: `check` found something, in any process.
+    Interrupted: `should_stop` returned True in any process. What was forwarded until then is yielded first.
   """
-  own = processes.share(len(images))
-  size = forward_size(group, batch_size, len(own), images.shape[1:])
-  starts: Sequence[int] = range(own.start, max(own.stop, own.start + 1), size)
-  stopped, under_way = False, None
-  for start in tqdm(starts, desc=words, unit="batch", disable=not (progress and processes.is_main())):
-    batch, _, valid = pad_batch(np.asarray(images[start : min(start + size, own.stop)]), None, size)
-    # A thousandth, as TF32 rounds, would move what is observed; Winograd's form on CPUs, a hundred thousandth, does not.
-    with jax.default_matmul_precision("highest"):
-      found = forward(placed, group.shard(batch))
-    if under_way is not None:
-      # While the host takes in the batch before, the devices have this one to work on.
-      yield group.unshard(under_way[0]), under_way[1]
-    under_way = found, valid
-    stopped = processes.stop_is_known(should_stop())
-    if stopped:
+  check_batch_size(batch_size)
+  group, deal = device_group(devices).local, processes.count() if share else 1
+  total: int | None = None
+  if isinstance(images, Images):
+    edges = even_edges(len(images), batch_size, multiple=deal)
+    total = len(range(processes.index() if share else 0, len(edges) - 1, deal))
+    cut: Iterable[Any] = (functools.partial(read, images, *pair) for pair in itertools.pairwise(edges))
+  else:
+    cut = (functools.partial(np.asarray, batch, np.float32) for batch in images)
+  own = itertools.islice(cut, processes.index(), None, deal) if share else cut
+
+  def batches() -> Iterator[tuple[tuple[Any, ...], int]]:
+    for load in own:
+      pixels = load()
+      if count := len(pixels):
+        size = group.padded(count)
+        weights = None if size == count else (np.arange(size) < count).astype(np.float32)
+        yield (_padded(pixels, size), weights), count
+
+  compiled = _compiled(_batch_of, step, group, tuple((options or {}).items()))
+  walk = progress_bar(batches(), description, total=total, progress=progress)
+  host = lambda found, count: Forwarded(group.by_device(found), count)
+  return _results(compiled, constants, walk, group, host, should_stop, lambda forwarded: check(forwarded.found))
+
+
+def _results(
+  compiled: Callable[..., PyTree],
+  constants: PyTree,
+  batches: Iterable[tuple[tuple[Any, ...], int]],
+  group: DeviceGroup,
+  host: Callable[[PyTree, int], T],
+  should_stop: Callable[[], bool],
+  check: Callable[[T], str | None],
+) -> Iterator[T]:
+  """The loop itself: `host(compiled(constants, *batch), count)` of every batch, with one batch under way meanwhile."""
+  placed, stopped, problem = group.replicate_constants(constants), False, None
+
+  def started() -> Iterator[tuple[PyTree, int]]:
+    nonlocal stopped
+    for arrays, count in batches:
+      yield compiled(placed, *group.shard(arrays)), count
+      stopped = processes.stop_is_known(should_stop())
+      if stopped:
+        return
+
+  # A pair is there when its second batch is on the devices; the last one has none behind it.
+  for (found, count), _ in itertools.pairwise(itertools.chain(started(), [(None, 0)])):
+    result = host(found, count)
+    problem = check(result)
+    if problem:
       break
-  if under_way is not None:
-    yield group.unshard(under_way[0]), under_way[1]
-  if processes.any_stop(stopped):
+    yield result
+  # All processes meet here, so that all of them raise or none does.
+  reports = processes.exchange([problem, stopped])
+  for reported, _ in reports:
+    if reported:
+      raise NonFiniteError(reported)
+  if processes.any_stop(any(report[1] for report in reports)):
     raise Interrupted("stopped while forwarding images")
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(
+  form: Callable[..., Any], step: Callable[..., Any], group: DeviceGroup, options: tuple[tuple[str, Hashable], ...]
+) -> Callable[..., PyTree]:
+  return group.compile(form(step, group, dict(options)))
+
+
+def _rows_of(step: Callable[..., Any], group: DeviceGroup, options: dict[str, Any]) -> Callable[..., PyTree]:
+  def rows(constants: PyTree, *arrays: Array, axis_name: str | None) -> PyTree:
+    return in_parts(group, functools.partial(step, constants, **options), *arrays)
+
+  return rows
+
+
+def _batch_of(step: Callable[..., Any], group: DeviceGroup, options: dict[str, Any]) -> Callable[..., PyTree]:
+  return functools.partial(step, **options)
+
+
+def padded_batches(images: Images, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+  """Batches f32[batch_size,h,w,c] on the host with the number of images in each; zeros pad the last one.
+
+  This is for programs that are not JAX's, such as an exported file.
+  """
+  for start in range(0, len(images), batch_size):
+    pixels = read(images, start, min(start + batch_size, len(images)))
+    yield _padded(pixels, batch_size), len(pixels)
+
+
+def check_batch_size(batch_size: int) -> None:
+  """Refuse a batch that holds no image.
+
+  Raises:
+    DataError: the batch size is below 1.
+  """
+  if batch_size < 1:
+    raise DataError(f"the batch size must be at least 1, found {batch_size}")
+
+
+def read(images: Images, start: int, stop: int) -> np.ndarray:
+  """Images start to stop - 1 as f32[n,h,w,c]. A data set decodes them here and not before."""
+  if isinstance(images, ImageData):
+    return images.read(np.arange(start, stop))
+  return np.asarray(images[start:stop], np.float32)
+
+
+def image_shape(images: Images) -> tuple[int, ...]:
+  """(h, w, c)."""
+  return images.image_shape if isinstance(images, ImageData) else tuple(images.shape[1:])
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+  return pad_batch(rows, None, size)[0]
+
+
+def progress_bar(
+  items: Iterable[T], description: str, *, unit: str = "batch", total: int | None = None, progress: bool = True
+) -> Iterable[T]:
+  """The items, with a progress bar in the main process if one is wanted."""
+  return tqdm(items, desc=description, unit=unit, total=total, disable=not (progress and processes.is_main()))

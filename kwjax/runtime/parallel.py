@@ -1,15 +1,17 @@
-"""One step function for one device and for many: placement, mapping over devices, and differentiation under it.
+"""One step function for one device and for many: placement, mapping over devices, and gradients over them.
 
-The whole program differentiates through collectives in this file alone, because the rule differs with what the gradient is of:
+All gradients that pass through collectives are taken in this file, because the rule differs with what they are of:
 
-- Under the map the transpose of `pmean` sums the cotangents of all devices. A loss made of pmeaned statistics is computed by
-  each of D devices, so the gradient of a device's own images comes out D times too large; dividing the loss by D mends it.
-  The map is what `jax.pmap` is made of, `jax.shard_map` without its check of replication: `jax.pmap` itself copies
-  donated arguments in a run of several processes.
-- For weights that every device holds a copy of, each device's gradient is its share of the sum: averaging loss and gradients
-  is right.
+- Images: every device computes the same loss from averages over all devices. Under the map the transpose of `pmean` sums
+  the cotangents of all D devices, so the gradient of a device's own images comes out D times too large. Dividing the loss
+  by D corrects that.
+- Weights that every device has a copy of: the gradient of each device is its share of the sum. Averaging loss and
+  gradients over devices is right.
 
-Adam is invariant to the scale of a gradient and hides the mistake; tests compare one-step gradients, not results.
+Adam is invariant to the scale of a gradient and hides a mistake here, so tests compare the gradients of one step.
+
+Steps are mapped by `jax.shard_map` without its check of replication. `jax.pmap` does the same, but copies donated arguments
+in a run of several processes.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kwjax.cpu import compiler_options
 from kwjax.errors import KwjaxError
+from kwjax.runtime import placement
 from kwjax.runtime.packing import pack_constants, unpacked
 
 AXIS = "devices"
@@ -132,10 +134,10 @@ def value_and_grad_of_copy(
 
 @dataclasses.dataclass(frozen=True)
 class DeviceGroup:
-  """The devices a step runs on, those of one process next to one another, in the order of the processes.
+  """The devices that a step runs on, grouped by process and in the order of the processes.
 
-  Always: with more than one, every placed array carries a leading axis of one entry a device. A process hands in and gets
-  back its own entries only, its rows of a batch.
+  With more than one device, every placed array has a leading axis with one entry per device. A process hands in and gets
+  back its own entries only, which are its rows of a batch.
   """
 
   devices: tuple[jax.Device, ...]
@@ -147,23 +149,27 @@ class DeviceGroup:
 
   @property
   def axis_name(self) -> str | None:
-    """Axis over which steps average, None on one device."""
+    """Axis over which steps average; None on one device."""
     return AXIS if self.size > 1 else None
 
   @property
   def local(self) -> DeviceGroup:
-    """Those of this process, for work that needs no other process."""
-    return self if self._spans_one_process else DeviceGroup(tuple(d for d in self.devices if _is_local(d)))
+    """The devices of this process, for work that needs no other process."""
+    return self if self._spans_one_process else DeviceGroup(tuple(self._own))
 
   @property
   def _spans_one_process(self) -> bool:
-    return all(_is_local(device) for device in self.devices)
+    return len(self._own) == self.size
+
+  @property
+  def _own(self) -> list[jax.Device]:
+    return [device for device in self.devices if placement.is_local(device)]
 
   def compile(self, step: Callable[..., Any], *, donate: Sequence[int] = ()) -> Callable[..., Any]:
-    """`step(*args, axis_name)` jitted on one device or mapped over several.
+    """`step(*args, axis_name)`, jitted on one device or mapped over several.
 
     Args:
-      step: pure function; all outputs are per device (a replicated one is equal on each).
+      step: pure function. All outputs are per device; a replicated one is equal on each.
       donate: positions of arguments whose buffers the outputs may reuse.
     """
 
@@ -174,25 +180,21 @@ class DeviceGroup:
     if self.size == 1:
       return jax.jit(mapped, donate_argnums=tuple(donate), compiler_options=options)
 
-    def on_one_device(*args: Any) -> Any:
-      return _with_axis(mapped(*_without_axis(args)))
-
-    spread = PartitionSpec(AXIS)
-    sharded = jax.shard_map(on_one_device, mesh=self._mesh, in_specs=spread, out_specs=spread, check_vma=False)
-    return jax.jit(sharded, donate_argnums=tuple(donate), compiler_options=options)
+    over_devices = placement.mapped(mapped, self.devices, AXIS)
+    return jax.jit(over_devices, donate_argnums=tuple(donate), compiler_options=options)
 
   def padded(self, size: int) -> int:
-    """The least multiple of the number of devices that holds a batch of `size`."""
+    """The smallest multiple of the number of devices that holds a batch of `size`."""
     return -(-size // self.size) * self.size
 
   def rows(self, size: int) -> range:
-    """Which rows of a batch of `size`, padded to a multiple of the number of devices, this process holds."""
+    """The rows that this process holds of a batch of `size`, padded to a multiple of the number of devices."""
     each = self.padded(size) // self.size
-    own = [i for i, device in enumerate(self.devices) if _is_local(device)]
+    own = [i for i, device in enumerate(self.devices) if placement.is_local(device)]
     return range(own[0] * each, (own[-1] + 1) * each)
 
   def place(self, tree: PyTree) -> PyTree:
-    """Put rows of this process onto its devices: [rows, ...] -> [D, b / D, ...], or as they are on one device.
+    """Put the rows of this process onto its devices: [rows, ...] -> [D, b / D, ...], or unchanged on one device.
 
     Raises:
       KwjaxError: they do not divide over the devices.
@@ -200,8 +202,11 @@ class DeviceGroup:
     if self.size == 1:
       return jax.device_put(tree, self.devices[0])
     leaves, structure = jax.tree.flatten(tree)
-    split = [self._split(leaf) for leaf in leaves]
-    return jax.tree.unflatten(structure, self._joined([[parts[i] for parts in split] for i in range(len(self._own))]))
+    own = len(self._own)
+    for leaf in leaves:
+      _check_divides(leaf.shape[0], own)
+    split = [placement.split(leaf, own) for leaf in leaves]
+    return jax.tree.unflatten(structure, self._joined([[parts[i] for parts in split] for i in range(own)]))
 
   def shard(self, tree: PyTree) -> PyTree:
     """Split the leading axis of a batch that each process holds as a whole: [b, ...] -> [D, b / D, ...].
@@ -213,7 +218,7 @@ class DeviceGroup:
       return self.place(tree)
 
     def own(leaf: Any) -> Any:
-      self._check(leaf.shape[0], self.size)
+      _check_divides(leaf.shape[0], self.size)
       rows = self.rows(leaf.shape[0])
       return leaf[rows.start : rows.stop]
 
@@ -227,76 +232,47 @@ class DeviceGroup:
     return jax.tree.unflatten(structure, self._joined([[leaf[None] for leaf in leaves]] * len(self._own)))
 
   def replicate_constants(self, tree: PyTree) -> PyTree:
-    """As `replicate`, for what steps only read, a network: on CPUs packed, see `pack_constants`; compiled steps unpack it."""
+    """As `replicate`, for what steps only read, such as a network. CPUs get it packed, see `pack_constants`."""
     return self.replicate(pack_constants(tree) if self.devices[0].platform == "cpu" else tree)
 
+  def by_device(self, tree: PyTree) -> PyTree:
+    """What each device of this process holds, on the host: [d, ...], also on one device."""
+    if self.size == 1:
+      return jax.tree.map(lambda leaf: np.asarray(leaf)[None], tree)
+    return jax.tree.map(lambda leaf: np.concatenate([np.asarray(part) for part in placement.own_parts(leaf)]), tree)
+
   def unshard(self, tree: PyTree) -> PyTree:
-    """Undo `place`: [D, b / D, ...] -> [rows, ...] on the host, this process's rows."""
+    """Undo `place`: [D, b / D, ...] -> [rows, ...] on the host, the rows of this process."""
     if self.size == 1:
       return jax.tree.map(np.asarray, tree)
-    return jax.tree.map(lambda leaf: np.concatenate([np.asarray(part)[0] for part in _own_parts(leaf)]), tree)
+    return jax.tree.map(lambda leaf: np.concatenate([np.asarray(part)[0] for part in placement.own_parts(leaf)]), tree)
 
   def first(self, tree: PyTree) -> PyTree:
-    """Undo `replicate`: the copy on this process's first device."""
-    return tree if self.size == 1 else jax.tree.map(lambda leaf: _own_parts(leaf)[0][0], tree)
-
-  @property
-  def _own(self) -> list[jax.Device]:
-    return [device for device in self.devices if _is_local(device)]
-
-  @property
-  def _mesh(self) -> Mesh:
-    return Mesh(np.asarray(self.devices), (AXIS,))
-
-  def _check(self, rows: int, devices: int) -> None:
-    if rows % devices:
-      raise KwjaxError(f"a batch of {rows} does not divide over {devices} devices")
-
-  def _split(self, leaf: Any) -> list[Any]:
-    own = len(self._own)
-    self._check(leaf.shape[0], own)
-    each = leaf.shape[0] // own
-    return [leaf[None, i * each : (i + 1) * each] for i in range(own)]
+    """Undo `replicate`: the copy on the first device of this process."""
+    return tree if self.size == 1 else jax.tree.map(lambda leaf: placement.own_parts(leaf)[0][0], tree)
 
   def _joined(self, parts: Sequence[Sequence[Any]]) -> list[jax.Array]:
-    """Arrays of all devices from the parts [1, ...] for each device of this process, none of which passes through another.
-
-    A device gets all its parts in one transfer: one for each array of a network took most of the time.
-    """
-    placed = [jax.device_put(list(own), device) for own, device in zip(parts, self._own, strict=True)]
-    sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
-    return [
-      jax.make_array_from_single_device_arrays((self.size, *rows[0].shape[1:]), sharding, list(rows))
-      for rows in zip(*placed, strict=True)
-    ]
+    return placement.join(parts, self.devices, self._own, AXIS)
 
 
-def _is_local(device: jax.Device) -> bool:
-  return device.process_index == jax.process_index()
+def _check_divides(rows: int, devices: int) -> None:
+  if rows % devices:
+    raise KwjaxError(f"a batch of {rows} does not divide over {devices} devices")
 
 
-def _own_parts(leaf: jax.Array) -> list[jax.Array]:
-  """What this process's devices hold, each [1, ...], in the order of the devices."""
-  shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-  return [shard.data for shard in shards]
+Devices = int | Sequence[jax.Device] | DeviceGroup | None
+"""What functions take as `devices`; `device_group` turns it into a `DeviceGroup`."""
 
 
-def _without_axis(tree: PyTree) -> PyTree:
-  return jax.tree.map(lambda leaf: leaf[0], tree)
-
-
-def _with_axis(tree: PyTree) -> PyTree:
-  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
-
-
-def device_group(devices: int | Sequence[jax.Device] | DeviceGroup | None = None) -> DeviceGroup:
+def device_group(devices: Devices = None) -> DeviceGroup:
   """The devices to run on.
 
   Args:
-    devices: a number of devices of each process, the devices themselves, or None: all accelerators, or one CPU a process.
+    devices: number of devices per process, the devices themselves, or a group. None: all accelerators, or one CPU per
+      process.
 
   Raises:
-    KwjaxError: more devices are asked for than there are, or this process has none of the devices.
+    KwjaxError: there are fewer devices than asked for, or none of them belongs to this process.
   """
   if isinstance(devices, DeviceGroup):
     return devices
@@ -311,7 +287,7 @@ def device_group(devices: int | Sequence[jax.Device] | DeviceGroup | None = None
   local = by_process[jax.process_index()]
   is_cpu = local[0].platform == "cpu"
   wanted = devices if devices is not None else 1 if is_cpu else max(map(len, by_process))
-  # Of the processes the poorest decides, so that all of them refuse.
+  # The process with the fewest devices decides, so that all processes refuse.
   fewest = min(map(len, by_process))
   if devices is not None and not 1 <= devices <= fewest:
     hint = ""

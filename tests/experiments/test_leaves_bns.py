@@ -16,7 +16,7 @@ from experiments.noise.leaves_bns import step_counts
 from kwjax import intercept
 from kwjax.batchnorm import adjust_statistics, observing
 from kwjax.quantization import observe_ranges
-from kwjax.quantization.calibrate import recording_extremes
+from kwjax.quantization.extremes import recording_extremes
 from kwjax.runtime.files import read_sealed_json
 from kwjax.synthesis import dead_leaves
 from tests.experiments.tiny_study import command, tiny_network_loaded, write_noise

@@ -13,7 +13,7 @@ from kwjax.analysis.allocation_figures import bits_by_layer, size_curves
 from kwjax.errors import KwjaxError, RuleError
 from kwjax.quantization import QuantRules, calibrate, quantize
 from kwjax.quantization.allocate import Budget, allocate_bits, allocate_from, best_bits
-from kwjax.quantization.sensitivity import _batches
+from kwjax.quantization.sensitivity import measure_sensitivity
 from kwjax.runtime.evaluate import agreement
 
 KEY = jax.random.key(3)
@@ -108,13 +108,13 @@ def test_a_side_without_budget_keeps_the_bits_of_the_rules(network, allocation):
     allocate_bits(network, np.zeros((1, 8, 8, 3), np.float32), budget="4w4a", candidates=(1, 4), key=KEY)
 
 
-def test_every_image_counts() -> None:
-  images = np.arange(10, dtype=np.float32).reshape(10, 1, 1, 1)
-  for devices, expected in ((1, 10), (2, 10), (4, 8)):
-    batches = _batches(images, 4, devices)
-    assert np.concatenate(batches).ravel().tolist() == list(range(expected))
-    assert all(len(batch) % devices == 0 for batch in batches)
-    assert len({len(batch) for batch in batches}) <= 2
+def test_sensitivity_does_not_depend_on_batches_and_devices(network, images, allocation):
+  rules = QuantRules.parse("8w8a")
+  found = measure_sensitivity(network, images[:11], (2,), rules, key=KEY, batch_size=4, devices=3)
+  expected = measure_sensitivity(network, images[:11], (2,), rules, key=KEY, batch_size=11)
+  for name, layer in expected.items():
+    assert found[name].weights[2] == pytest.approx(layer.weights[2], rel=1e-3, abs=1e-7)
+    assert found[name].activations[2] == pytest.approx(layer.activations[2], rel=1e-3, abs=1e-7)
 
 
 def test_stacked_layers_are_refused(stacked_networks):

@@ -13,7 +13,7 @@ from kwjax import intercept
 from kwjax.errors import DataError, Interrupted, KwjaxError, NonFiniteError
 from kwjax.models import get_model
 from kwjax.quantization import QuantRules, Ranges, RangeTable, calibrate, draws, observe_ranges, ranges_from
-from kwjax.quantization.calibrate import recording_extremes
+from kwjax.quantization.extremes import recording_extremes
 
 LAYERS = ["stem", "depthwise", "pointwise", "classifier"]
 KEY = jax.random.key(11)

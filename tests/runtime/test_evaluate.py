@@ -1,4 +1,4 @@
-"""Accuracy and agreement against NumPy, ties, masked filling, NaN, and the number of compilations."""
+"""Accuracy and agreement against NumPy, ties, masked padding, NaN, and the number of compilations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from kwjax.errors import DataError, Interrupted, NonFiniteError
-from kwjax.runtime import forwarding
+from kwjax.runtime import batch_sizes
 from kwjax.runtime.data import array_data
 from kwjax.runtime.evaluate import Accuracy, agreement, evaluate, predict, score, wilson_interval
 
@@ -60,8 +60,8 @@ def test_accuracy_is_that_of_sorting_the_logits(batch_size: int) -> None:
   assert evaluate(network, array_data(images, labels), batch_size=batch_size) == expected
 
 
-def test_the_filling_of_the_last_batch_is_not_counted() -> None:
-  # Black filling has label 0, and this network calls everything class 0.
+def test_the_padding_of_the_last_batch_is_not_counted() -> None:
+  # Black padding has label 0, and this network calls everything class 0.
   network = dataclasses.replace(_linear(), weight=jnp.zeros((12, 7)), bias=-jnp.arange(7.0))
   assert evaluate(network, _images(5), np.array([0, 1, 1, 1, 6]), batch_size=4) == Accuracy(0.2, 0.8, 5)
 
@@ -174,7 +174,7 @@ def test_it_stops_between_batches() -> None:
 def test_large_images_are_forwarded_in_whole_parts(monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:
   network, images = _linear(), _images()
   expected = predict(network, images)
-  monkeypatch.setattr(forwarding, "_PART_PIXELS", 2 * 2 * 4)
+  monkeypatch.setattr(batch_sizes, "_PART_PIXELS", 2 * 2 * 4)
   asked: list[bool] = []
   found = predict(
     network, array_data(images) if stored else images, batch_size=13, should_stop=lambda: bool(asked.append(True))

@@ -14,9 +14,9 @@ from kwjax.errors import Interrupted
 from kwjax.kernels import pointwise
 from kwjax.models.mobilenet import InvertedResidual
 from kwjax.quantization import observe_ranges
-from kwjax.quantization.calibrate import recording_extremes
+from kwjax.quantization.extremes import recording_extremes
 from kwjax.quantization.histograms import observe_histograms
-from kwjax.runtime import forwarding
+from kwjax.runtime import batch_sizes, forwarding
 from kwjax.runtime.evaluate import predict
 from kwjax.runtime.parallel import DeviceGroup, device_group
 from tests.networks import random_network
@@ -25,15 +25,15 @@ from tests.networks import random_network
 def forward_all(images: np.ndarray, seen: list[str], **options) -> np.ndarray:
   """Twice every image, with a note of what happens when."""
 
-  def forward(factor: jax.Array, batch: jax.Array) -> jax.Array:
-    seen.append(f"forward {batch.shape[0]}")
+  def step(factor: jax.Array, batch: jax.Array) -> jax.Array:
+    jax.debug.callback(lambda x: seen.append(f"forward {len(x)}"), batch)
     return factor * batch
 
   parts = []
-  group = device_group(1)
-  for found, valid in forwarding.forward_batches(forward, 2.0, images, group, words="", **options):
-    seen.append(f"take {int(valid.sum())}")
-    parts.append(found[valid])
+  for rows in forwarding.forward_rows(step, np.float32(2), images, description="", **options):
+    jax.effects_barrier()
+    seen.append(f"take {len(rows)}")
+    parts.append(rows)
   return np.concatenate(parts)
 
 
@@ -59,23 +59,23 @@ def forward_all(images: np.ndarray, seen: list[str], **options) -> np.ndarray:
 def test_batches_on_cpus_are_of_parts_that_the_cache_holds(
   monkeypatch: pytest.MonkeyPatch, devices: int, batch_size: int, count: int, size: int
 ) -> None:
-  monkeypatch.setattr(forwarding, "_PART_PIXELS", 99)
-  monkeypatch.setattr(forwarding, "_PARTS", 4)
+  monkeypatch.setattr(batch_sizes, "_PART_PIXELS", 99)
+  monkeypatch.setattr(batch_sizes, "_PARTS", 4)
   group = device_group(devices)
-  assert forwarding.forward_size(group, batch_size, count, (4, 6, 3)) == size
-  assert forwarding.forward_size(group, 1, 1, (400, 600, 3)) == devices
+  assert batch_sizes.forward_size(group, batch_size, count, (4, 6, 3)) == size
+  assert batch_sizes.forward_size(group, 1, 1, (400, 600, 3)) == devices
 
 
 def test_accelerators_take_batches_whole() -> None:
   group = DeviceGroup((types.SimpleNamespace(platform="gpu", process_index=0),) * 2)
-  assert forwarding.forward_size(group, 1000, 999, (400, 600, 3)) == 1000
+  assert batch_sizes.forward_size(group, 1000, 999, (400, 600, 3)) == 1000
   images = jnp.ones((6, 400, 600, 3))
-  assert forwarding.in_parts(group, lambda x: x, images) is images
+  assert batch_sizes.in_parts(group, lambda x: x, images) is images
 
 
 @pytest.mark.parametrize(("count", "size"), [(3, 3), (4, 4), (8, 4), (6, 3), (7, 1), (10, 2)])
 def test_parts_of_a_batch_give_the_rows_of_the_whole(monkeypatch: pytest.MonkeyPatch, count: int, size: int) -> None:
-  monkeypatch.setattr(forwarding, "_PART_PIXELS", 4 * 20)
+  monkeypatch.setattr(batch_sizes, "_PART_PIXELS", 4 * 20)
   images = np.random.default_rng(0).normal(size=(count, 4, 5, 2)).astype(np.float32)
   seen: list[int] = []
 
@@ -83,7 +83,7 @@ def test_parts_of_a_batch_give_the_rows_of_the_whole(monkeypatch: pytest.MonkeyP
     seen.append(part.shape[0])
     return {"mean": part.mean((1, 2, 3)), "twice": 2 * part}
 
-  found = jax.jit(lambda x: forwarding.in_parts(device_group(1), forward, x))(images)
+  found = jax.jit(lambda x: batch_sizes.in_parts(device_group(1), forward, x))(images)
   assert set(seen) == {size}
   np.testing.assert_allclose(found["mean"], images.mean((1, 2, 3)), atol=1e-6)
   np.testing.assert_array_equal(found["twice"], 2 * images)
@@ -102,9 +102,9 @@ def test_what_is_observed_does_not_depend_on_the_parts(monkeypatch: pytest.Monke
   whole = observe_ranges(network, images, devices=1)
   counts = observe_histograms(network, images, whole, bins=16, devices=1)
   logits = predict(network, images, devices=1)
-  monkeypatch.setattr(forwarding, "_PART_PIXELS", 2 * 64)
+  monkeypatch.setattr(batch_sizes, "_PART_PIXELS", 2 * 64)
   sizes: list[int] = []
-  forward_size = forwarding.forward_size
+  forward_size = batch_sizes.forward_size
   monkeypatch.setattr(forwarding, "forward_size", lambda *args: sizes.append(forward_size(*args)) or sizes[-1])
   parts = observe_ranges(network, images, devices=devices)
   assert sizes == [14 if devices == 1 else 16], "no batch was of several parts"
