@@ -17,7 +17,7 @@ from kwjax.distillation.config import DistillConfig
 from kwjax.distillation.features import recorded_features, recording_features, resolve_stages
 from kwjax.distillation.losses import kl_divergence, stage_losses
 from kwjax.intercept import Forwardable
-from kwjax.kernels.convolution import fewer_products
+from kwjax.kernels import fewer_products
 from kwjax.network import ApplyFn, Array, Variables
 from kwjax.runtime import parallel
 

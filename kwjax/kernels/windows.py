@@ -1,4 +1,4 @@
-"""Sliding windows over NHWC images as static slices: the shape arithmetic of depthwise convolutions and poolings.
+"""Sliding windows over NHWC images as static slices: the shape arithmetic of convolutions and poolings.
 
 XLA's CPU backend turns a sum of static slices into one vectorised loop, where its windowed primitives run scalar code.
 A tap (i, j) is one position inside the window; the tap's image holds, for every output position, the input it sees.
@@ -17,6 +17,9 @@ from jax import Array, lax
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 """Of images, kernels and results, as `lax.conv_general_dilated` names it."""
 
+Padding = tuple[tuple[int, int], tuple[int, int]]
+"""((top, bottom), (left, right)), in pixels."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -24,7 +27,7 @@ class Window:
 
   size: tuple[int, int]
   stride: tuple[int, int]
-  padding: tuple[tuple[int, int], tuple[int, int]]
+  padding: Padding
 
   @property
   def taps(self) -> list[tuple[int, int]]:
@@ -47,7 +50,7 @@ class Window:
     return Window(self.size, (1, 1), ((rows - top, rows - bottom), (columns - left, columns - right)))
 
 
-def pad_images(images: Array, padding: tuple[tuple[int, int], tuple[int, int]], value: float | Array = 0.0) -> Array:
+def pad_images(images: Array, padding: Padding, value: float | Array = 0.0) -> Array:
   """Images f32[b,h,w,c] with rows and columns of `value` added, or cut off where the padding is negative.
 
   The transpose of a convolution whose padding is larger than its kernel reaches is one with negative padding.

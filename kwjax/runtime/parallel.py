@@ -24,8 +24,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kwjax.cpu import compiler_options
 from kwjax.errors import KwjaxError
+from kwjax.kernels.processor import compiler_options
 from kwjax.runtime.packing import pack_constants, unpacked
 
 AXIS = "devices"

@@ -20,7 +20,7 @@ from kwjax.batchnorm import (
   reference_moments,
   weigh,
 )
-from kwjax.kernels.convolution import fewer_products
+from kwjax.kernels import fewer_products
 from kwjax.network import Array, Network
 from kwjax.runtime import parallel
 from kwjax.synthesis.augment import augment

@@ -88,7 +88,7 @@ def _shifted_gradient(images: Array, cotangent: Array, window: Window) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_pool(images: Array, window: Window) -> Array:
-  return lax.platform_dependent(images, cpu=lambda x: _shifted(x, window), default=lambda x: _native(x, window))
+  return _shifted(images, window)
 
 
 def _max_pool_forward(images: Array, window: Window) -> tuple[Array, Array]:
@@ -96,13 +96,7 @@ def _max_pool_forward(images: Array, window: Window) -> tuple[Array, Array]:
 
 
 def _max_pool_backward(window: Window, images: Array, cotangent: Array) -> tuple[Array]:
-  gradient = lax.platform_dependent(
-    images,
-    cotangent,
-    cpu=lambda x, g: _shifted_gradient(x, g, window),
-    default=lambda x, g: jax.vjp(lambda y: _native(y, window), x)[1](g)[0],
-  )
-  return (gradient,)
+  return (_shifted_gradient(images, cotangent, window),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
