@@ -12,32 +12,19 @@ import jax.numpy as jnp
 from kwjax import intercept
 from kwjax.kernels import are_enabled
 from kwjax.kernels.convolution import conv_general_dilated
+from kwjax.kernels.processor import computed_once
 from kwjax.network import ApplyFn, Array
 
 
 def accelerated(apply: ApplyFn) -> ApplyFn:
-  """Wrap `apply`: every `nn.Conv` takes its fast form where `kwjax.kernels` are enabled; otherwise `apply` itself.
+  """Wrap `apply` where `kwjax.kernels` are enabled: layers take their fast forms, blocks compute their results once.
 
-  A layer that was given a convolution of its own keeps it.
+  A convolution that was given a `conv_general_dilated` of its own keeps it.
   """
   if not are_enabled():
     return apply
-  from kwjax.kernels.dense import ABLATED
   apply = intercept.intercept(apply, _has_lax_convolution, _convolve)
-  if "outputs" in ABLATED:
-    return apply
-  return intercept.intercept(apply, _is_composite, _store)
-
-
-def _is_composite(module: nn.Module) -> bool:
-  return not type(module).__module__.startswith("flax.")
-
-
-def _store(module: nn.Module, x: Array, proceed: Callable[[Array], Any]) -> Any:
-  from kwjax.kernels.processor import computed_once
-  y = proceed(x)
-  is_images = isinstance(y, jax.Array) and y.ndim == 4 and jnp.issubdtype(y.dtype, jnp.floating)
-  return computed_once(y) if is_images else y
+  return intercept.intercept(apply, _is_composite, _once)
 
 
 def _has_lax_convolution(module: nn.Module) -> bool:
@@ -45,10 +32,22 @@ def _has_lax_convolution(module: nn.Module) -> bool:
 
 
 def _convolve(module: nn.Module, x: Array, proceed: Callable[[Array], Any]) -> Any:
-  # A bound module is frozen, and a copy of it would be another module: interceptors would see both. This one lives for one
-  # call of `apply`.
+  # A bound module is frozen, and a copy would be another module, which interceptors see too. This one lives for one `apply`.
   object.__setattr__(module, "conv_general_dilated", conv_general_dilated)
   try:
     return proceed(x)
   finally:
     object.__setattr__(module, "conv_general_dilated", None)
+
+
+def _is_composite(module: nn.Module) -> bool:
+  return not type(module).__module__.startswith("flax.")
+
+
+def _once(module: nn.Module, x: Array, proceed: Callable[[Array], Any]) -> Any:
+  """Images that a block returns are an array of their own.
+
+  The end of a residual block is read by the next block's end and by its derivative. Each would add up all blocks before it.
+  """
+  y = proceed(x)
+  return computed_once(y) if isinstance(y, jax.Array) and y.ndim == 4 and jnp.issubdtype(y.dtype, jnp.floating) else y
