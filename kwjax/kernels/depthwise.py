@@ -39,11 +39,6 @@ def _shifted(images: Array, kernel: Array, window: Window) -> Array:
   return functools.reduce(jnp.add, products)
 
 
-def _shifted_input_gradient(kernel: Array, cotangent: Array, shape: tuple[int, int, int, int], window: Window) -> Array:
-  """Transpose of `_shifted` in its images."""
-  return scatter_taps(shape, window, (cotangent,), (0.0,), lambda tap, seen: seen[0] * kernel[tap][0])
-
-
 def _shifted_kernel_gradient(images: Array, cotangent: Array, window: Window) -> Array:
   """Transpose of `_shifted` in its kernel: k'[i,j,0,c] = sum_bhw (tap (i,j) of the images) * cotangent.
 
@@ -91,8 +86,7 @@ def _depthwise_forward(images: Array, kernel: Array, window: Window) -> tuple[Ar
 
 def _depthwise_backward(window: Window, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
   images, kernel = residuals
-  batch, height, width, channels = images.shape
-  to_images = _shifted_input_gradient(kernel, cotangent, (batch, height, width, channels), window)
+  to_images = scatter_taps(images.shape, window, (cotangent,), (0.0,), lambda tap, seen: seen[0] * kernel[tap][0])
   return to_images, _shifted_kernel_gradient(images, cotangent, window)
 
 

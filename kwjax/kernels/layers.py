@@ -1,4 +1,4 @@
-"""Where the fast forms get into a network: the convolutions of any Flax module, each as it is called."""
+"""Where the fast forms get into a network: layers and blocks of any Flax module, each as it is called."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from kwjax import intercept
 from kwjax.kernels import are_enabled
 from kwjax.kernels.convolution import conv_general_dilated
+from kwjax.kernels.pooling import max_pool
 from kwjax.kernels.processor import computed_once
+from kwjax.kernels.windows import Window
+from kwjax.models.layers import MaxPool
 from kwjax.network import ApplyFn, Array
 
 
@@ -24,6 +27,7 @@ def accelerated(apply: ApplyFn) -> ApplyFn:
   if not are_enabled():
     return apply
   apply = intercept.intercept(apply, _has_lax_convolution, _convolve)
+  apply = intercept.intercept(apply, lambda module: isinstance(module, MaxPool), _pool)
   return intercept.intercept(apply, _is_composite, _once)
 
 
@@ -38,6 +42,12 @@ def _convolve(module: nn.Module, x: Array, proceed: Callable[[Array], Any]) -> A
     return proceed(x)
   finally:
     object.__setattr__(module, "conv_general_dilated", None)
+
+
+def _pool(module: nn.Module, x: Array, proceed: Callable[[Array], Any]) -> Any:
+  assert isinstance(module, MaxPool)
+  pads = (module.padding, module.padding)
+  return max_pool(x, Window((module.size, module.size), (module.stride, module.stride), (pads, pads)))
 
 
 def _is_composite(module: nn.Module) -> bool:

@@ -70,7 +70,7 @@ def tap_of_padded(padded: Array, window: Window, tap: tuple[int, int], rows: int
 
 
 def scatter_taps(
-  shape: tuple[int, int, int, int],
+  shape: tuple[int, ...],
   window: Window,
   outputs: tuple[Array, ...],
   fill: tuple[float, ...],

@@ -59,9 +59,24 @@ def relu6(x: Array) -> Array:
   return jnp.clip(x, 0.0, 6.0)
 
 
-def max_pool(x: Array) -> Array:
-  """Largest value of 3x3 pixels, every second of them, one pixel of padding: f32[b,h,w,c] -> f32[b,ceil(h/2),ceil(w/2),c]."""
-  return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+class MaxPool(nn.Module):
+  """`nn.max_pool` as a module, so that it can be intercepted as other layers can: f32[b,h,w,c] -> f32[b,oh,ow,c].
+
+  Attributes:
+    size: side of the window, in pixels.
+    stride: distance between windows, in pixels.
+    padding: pixels added on each of the four sides, which never win.
+  """
+
+  size: int
+  stride: int
+  padding: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Returns y[b,h,w,c] = max_ij x[b, h s + i - p, w s + j - p, c]."""
+    pads = (self.padding, self.padding)
+    return nn.max_pool(x, (self.size, self.size), strides=(self.stride, self.stride), padding=(pads, pads))
 
 
 def global_average_pool(x: Array) -> Array:

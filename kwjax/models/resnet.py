@@ -9,7 +9,7 @@ from __future__ import annotations
 import flax.linen as nn
 from jax import Array
 
-from kwjax.models.layers import batch_norm, conv, global_average_pool, max_pool
+from kwjax.models.layers import MaxPool, batch_norm, conv, global_average_pool
 
 
 class BasicBlock(nn.Module):
@@ -76,7 +76,7 @@ class ResNet(nn.Module):
     """Maps normalised images f32[b,h,w,3] to logits f32[b,num_classes]; `train` makes BatchNorm use the batch."""
     x = conv(64, 3, "conv1")(x) if self.small_images else conv(64, 7, "conv1", stride=2)(x)
     x = nn.relu(batch_norm("bn1", train)(x))
-    x = x if self.small_images else max_pool(x)
+    x = x if self.small_images else MaxPool(3, 2, 1, name="maxpool")(x)
     for stage, count in enumerate(self.blocks):
       for index in range(count):
         stride = 2 if stage > 0 and index == 0 else 1
