@@ -1,9 +1,9 @@
-"""One step of optimizing images with a network that somebody else wrote, against `kwjax.models`' own MobileNetV2 of the same shape.
+"""One step of optimizing images with a network that somebody else wrote, against our own MobileNetV2 of the same shape.
 
     python -m benchmarks.foreign
 
-The other one is plain Flax: depthwise layers are `nn.Conv` with as many groups as channels. Both are timed in turn in one process.
-A ratio near one says that the fast forms for CPUs reach any module.
+The other one is plain Flax: depthwise layers are `nn.Conv` with as many groups as channels. Both are timed in turn in one
+process. A ratio near one says that the fast forms for CPUs reach any module.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, inputs: jax.Array, train: bool) -> jax.Array:
+    """Returns the projection, plus the input where the shapes agree."""
     norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
     inner, x = self.expand * inputs.shape[-1], inputs
     if self.expand > 1:
@@ -52,6 +53,7 @@ class ForeignMobileNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Maps normalised images f32[b,h,w,3] to logits f32[b,classes]."""
     norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
     x = nn.relu6(norm()(nn.Conv(32, (3, 3), 2, padding=1, use_bias=False, name="stem")(x)))
     for expand, width, repeats, stride in _ROWS:
@@ -103,7 +105,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="default: %(default)s")
-  parser.add_argument("--batch", type=int, default=16, metavar="N", help="distinct images a step (default: %(default)s)")
+  parser.add_argument(
+    "--batch", type=int, default=16, metavar="N", help="distinct images a step (default: %(default)s)"
+  )
   parser.add_argument("--repeats", type=int, default=10, help="steps of each network (default: %(default)s)")
   options = parser.parse_args(args)
   keep_freed_memory()

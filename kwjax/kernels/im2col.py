@@ -86,7 +86,7 @@ def has_few_pixels(images: Array, kernel: Array, window: Window) -> bool:
 
 
 def convolve(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
-  """The convolution as [x_11 x_12 ...] k, x_ij the pixels that tap (i, j) sees: one product, which reads the kernel as it lies."""
+  """The convolution as [x_11 x_12 ...] k, x_ij what tap (i, j) sees: one product, which reads the kernel as it lies."""
   seen = jnp.concatenate(_taps(images, window), 3)
   product = lax.dot(seen.reshape(-1, seen.shape[3]), kernel.reshape(-1, kernel.shape[3]), precision=precision)
   return product.reshape(*seen.shape[:3], -1)

@@ -62,7 +62,7 @@ def has_fast_kernel_gradient(kernel: Array, window: Window) -> bool:
 def _fits(kernel: Array, window: Window) -> bool:
   """Where many channels meet few features, as in a DenseNet, it gains nothing and takes minutes to compile."""
   fewer, more = sorted(kernel.shape[2:])
-  return window.size == (3, 3) and window.stride == (1, 1) and _FEWEST <= fewer and more <= 2 * fewer
+  return window.size == (3, 3) and window.stride == (1, 1) and fewer >= _FEWEST and more <= 2 * fewer
 
 
 def convolve(images: Array, kernel: Array, padding: Padding) -> Array:

@@ -13,9 +13,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kwjax import intercept
-from kwjax.kernels.processor import computed_once
 from kwjax.errors import DataError, KwjaxError, NonFiniteError
 from kwjax.kernels import fewer_products
+from kwjax.kernels.processor import computed_once
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.histograms import Histogram, merge, observe_histograms
 from kwjax.quantization.range_methods import histogram_ranges

@@ -126,25 +126,39 @@ def test_each_form_computes_what_it_says(monkeypatch, padding, cached):
   """The forms by themselves: which one a layer takes depends on sizes and on the processor."""
   for module in (winograd, im2col):
     monkeypatch.setattr(module, "_CACHED_PART", cached)  # of which the small one divides the batch
-  window = Window((3, 3), (1, 1), padding)
+  window, strided = Window((3, 3), (1, 1), padding), Window((3, 3), (2, 3), padding)
   images, kernel = operands((6, 9, 6, 8), (3, 3, 8, 4))
-  native = functools.partial(native_convolution, window=window, precision=None)
-  value, vjp = jax.vjp(native, images, kernel)
-  g = jnp.cos(value)
-  to_images, to_kernel = vjp(g)
-  compare(winograd.convolve(images, kernel, padding), value, 2e-5)
-  compare(winograd.transposed_convolve(g, kernel, window.mirrored.padding), to_images, 2e-5)
-  compare(winograd.kernel_gradient(images, g, padding), to_kernel, 2e-5)
-  compare(im2col.convolve(images, kernel, window, None), value)
-  compare(im2col.transposed_convolve(g, kernel, window, None), to_images)
-  compare(im2col.kernel_gradient(images, g, window, None), to_kernel)
-  strided = Window((3, 3), (2, 3), padding)
-  value, vjp = jax.vjp(lambda k: native_convolution(images, k, strided, None), kernel)
-  compare(im2col.kernel_gradient(images, value, strided, None), vjp(value)[0])
   single = jax.random.normal(jax.random.key(3), (3, 3, 1, 8))
-  value, vjp = jax.vjp(lambda x, k: native_convolution(x, k, strided, None), images, single)
-  found, ours = jax.vjp(lambda x, k: depthwise(x, k, strided), images, single)
-  compare((found, *ours(value)), (value, *vjp(value)))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def native(window, kernel):
+    value, vjp = jax.vjp(lambda x, k: native_convolution(x, k, window, None), images, kernel)
+    return value, *vjp(jnp.cos(value))
+
+  @jax.jit
+  def forms():
+    def depthwise_gradients():
+      value, vjp = jax.vjp(lambda x, k: depthwise(x, k, strided), images, single)
+      return value, *vjp(jnp.cos(value))
+
+    g, of_strided = jnp.cos(native(window, kernel)[0]), jnp.cos(native(strided, kernel)[0])
+    wide = (
+      winograd.convolve(images, kernel, padding),
+      winograd.transposed_convolve(g, kernel, window.mirrored.padding),
+      winograd.kernel_gradient(images, g, padding),
+    )
+    products = (
+      im2col.convolve(images, kernel, window, None),
+      im2col.transposed_convolve(g, kernel, window, None),
+      im2col.kernel_gradient(images, g, window, None),
+    )
+    return wide, products, im2col.kernel_gradient(images, of_strided, strided, None), depthwise_gradients()
+
+  wide, products, of_strided, of_single = forms()
+  compare(wide, native(window, kernel), 2e-5)
+  compare(products, native(window, kernel))
+  compare(of_strided, native(strided, kernel)[2])
+  compare(of_single, native(strided, single))
 
 
 @pytest.mark.parametrize(
@@ -186,10 +200,11 @@ def loss(function, groups, images, kernel):
 def test_vmap_over_images_and_over_kernels(kernel, groups):
   images, kernel = operands((3, 6, 7, 4), kernel)
   gradient = jax.grad(functools.partial(loss, conv_general_dilated, groups), (0, 1))
-  expected = jax.grad(functools.partial(loss, lax.conv_general_dilated, groups), (0, 1))(images, kernel)
-  by_image = jax.vmap(gradient, (0, None))(images[:, None], kernel)
+  expected = jax.jit(jax.grad(functools.partial(loss, lax.conv_general_dilated, groups), (0, 1)))(images, kernel)
+  by_image = jax.jit(jax.vmap(gradient, (0, None)))(images[:, None], kernel)
   compare((by_image[0][:, 0], by_image[1].sum(0)), expected)
-  doubled = jax.vmap(lambda k: convolve(conv_general_dilated, images, k, groups=groups))(jnp.stack([kernel, 2 * kernel]))
+  by_kernel = jax.vmap(lambda k: convolve(conv_general_dilated, images, k, groups=groups))
+  doubled = jax.jit(by_kernel)(jnp.stack([kernel, 2 * kernel]))
   compare(doubled[1], 2 * doubled[0])
 
 
@@ -208,7 +223,7 @@ def test_second_derivatives_and_remat(kernel, groups):
 @LAYERS
 def test_maps_over_devices_sum_the_gradient_of_a_shared_kernel(kernel, groups):
   images, kernel = operands((4, 6, 6, 4), kernel)
-  expected = jax.grad(functools.partial(loss, lax.conv_general_dilated, groups), (0, 1))(images, kernel)
+  expected = jax.jit(jax.grad(functools.partial(loss, lax.conv_general_dilated, groups), (0, 1)))(images, kernel)
   gradient = jax.grad(functools.partial(loss, conv_general_dilated, groups), (0, 1))
   devices = jax.devices()[:2] if len(jax.devices()) > 1 else jax.devices()[:1]
   by_device = images.reshape(len(devices), -1, *images.shape[1:])
