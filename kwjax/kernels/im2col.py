@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kwjax.kernels.windows import Window, image_parts, pad_images, sum_over_parts, tap_of_padded
+from kwjax.kernels.windows import Window, pad_images, sum_over_parts, tap_of_padded
 
 _CACHED_PART = 1 << 20  # bytes of windows that stay near a core
 _FEW = 32  # channels or features, up to which the kernel's gradient is a product at stride 1 too
@@ -57,7 +57,7 @@ def _kernel_gradient(images: Array, cotangent: Array, window: Window, precision:
 
   (tall, wide), channels = window.size, images.shape[3]
   bytes_of_windows = 4 * math.prod(cotangent.shape[1:3]) * tall * wide * channels
-  found = sum_over_parts(product, images, cotangent, image_parts(images.shape[0], bytes_of_windows, _CACHED_PART))
+  found = sum_over_parts(product, images, cotangent, bytes_of_windows, _CACHED_PART)
   return found.reshape(wide, tall, channels, -1).swapaxes(0, 1)
 
 

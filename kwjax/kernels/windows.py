@@ -136,29 +136,30 @@ def native_convolution(images: Array, kernel: Array, window: Window, precision: 
   )
 
 
-def image_parts(batch: int, bytes_of_image: int, cached: int, *, fewest: int = 1, smallest: int = 1) -> int:
-  """Into how many equal parts a batch is divided: as few as let what is made of a part take at most `cached` bytes.
-
-  Args:
-    batch: images.
-    bytes_of_image: what is made of one.
-    cached: bytes that stay near a core.
-    fewest: parts, where the batch can be divided at all.
-    smallest: images in a part, which may then take more than `cached`.
-  """
-  counts = [n for n in range(fewest, batch // smallest + 1) if batch % n == 0]
-  return next((n for n in counts if bytes_of_image * (batch // n) <= cached), counts[-1] if counts else 1)
-
-
-def sum_over_parts(function: Callable[[Array, Array], Array], images: Array, cotangent: Array, parts: int) -> Array:
+def sum_over_parts(
+  function: Callable[[Array, Array], Array],
+  images: Array,
+  cotangent: Array,
+  bytes_of_image: int,
+  cached: int,
+  *,
+  fewest: int = 1,
+  smallest: int = 1,
+) -> Array:
   """function(images, cotangent), a sum over images, as a sum over equal parts of the batch that are taken one after the other.
 
   Args:
     function: `(x [b/n,...], g [b/n,...]) -> sum`; not a convolution, which inside a loop is slow on CPUs.
     images: f32[b,...].
     cotangent: f32[b,...].
-    parts: n, a divisor of b.
+    bytes_of_image: what is made of one image.
+    cached: bytes that stay near a core; there are as few parts as let what is made of a part fit.
+    fewest: parts, where the batch can be divided at all.
+    smallest: images in a part, which may then take more than `cached`.
   """
+  batch = images.shape[0]
+  counts = [n for n in range(fewest, batch // smallest + 1) if batch % n == 0]
+  parts = next((n for n in counts if bytes_of_image * (batch // n) <= cached), counts[-1] if counts else 1)
   if parts == 1:
     return function(images, cotangent)
   split = tuple(array.reshape(parts, -1, *array.shape[1:]) for array in (images, cotangent))

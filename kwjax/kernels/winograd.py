@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 
 from kwjax.kernels.processor import has_wide_vectors
-from kwjax.kernels.windows import Padding, Window, image_parts, pad_images, sum_over_parts
+from kwjax.kernels.windows import Padding, Window, pad_images, sum_over_parts
 
 _TILE, _INPUTS = 4, 6
 _TO_INPUTS = (
@@ -105,7 +105,7 @@ def kernel_gradient(images: Array, cotangent: Array, padding: Padding) -> Array:
   dk = G^T [sum_tiles (B^T x B) * (A g A^T)] G, the transpose of Eq. (12) in its kernel. XLA makes it a convolution whose window
   is the whole image, at a half to a quarter of this form's rate.
   """
-  batch, rows, columns, features = cotangent.shape
+  _, rows, columns, features = cotangent.shape
   channels = images.shape[3]
   # A zero made from the cotangent: XLA would otherwise transform the images of all layers before the first product.
   zero = 0.0 * cotangent[0, 0, 0, 0]
@@ -119,8 +119,8 @@ def kernel_gradient(images: Array, cotangent: Array, padding: Padding) -> Array:
   # Parts not smaller than the products, which every part adds to, so that a batch of few tiles is not divided.
   cached = max(_CACHED_PART, 4 * _INPUTS**2 * channels * features)
   tiles = -(-rows // _TILE) * -(-columns // _TILE)
-  parts = image_parts(batch, 4 * _INPUTS**2 * tiles * max(channels, features), cached)
-  products = sum_over_parts(summed, images, cotangent, parts)
+  bytes_of_tiles = 4 * _INPUTS**2 * tiles * max(channels, features)
+  products = sum_over_parts(summed, images, cotangent, bytes_of_tiles, cached)
   gradient = jnp.asarray(np.kron(_TO_KERNEL, _TO_KERNEL).T, products.dtype) @ products.reshape(_INPUTS**2, -1)
   return gradient.reshape(3, 3, channels, features)
 

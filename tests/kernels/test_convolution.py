@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from kwjax.kernels import fewer_products, im2col, winograd
 from kwjax.kernels.convolution import conv_general_dilated
 from kwjax.kernels.depthwise import depthwise
-from kwjax.kernels.windows import LAYOUT, Window, image_parts, native_convolution
+from kwjax.kernels.windows import LAYOUT, Window, native_convolution
 
 UNEVEN = ((1, 0), (2, 1))
 
@@ -159,14 +159,6 @@ def test_each_form_computes_what_it_says(monkeypatch, padding, cached):
   compare(products, native(window, kernel))
   compare(of_strided, native(strided, kernel)[2])
   compare(of_single, native(strided, single))
-
-
-@pytest.mark.parametrize(
-  ("batch", "bytes_of_image", "parts"),
-  [(8, 40, 4), (8, 12, 1), (64, 90, 64), (7, 20, 7), (7, 14, 1), (6, 30, 2), (1, 999, 1)],
-)
-def test_a_batch_is_divided_until_a_part_fits_the_cache(batch, bytes_of_image, parts):
-  assert image_parts(batch, bytes_of_image, 100) == parts
 
 
 @pytest.mark.parametrize(
