@@ -55,3 +55,9 @@ def test_a_layer_input_is_what_it_was_bit_by_bit() -> None:
   found = np.asarray(jax.jit(processor.computed_once)(x))
   np.testing.assert_array_equal(found, x)
   np.testing.assert_array_equal(np.signbit(found[:-1]), np.signbit(x[:-1]))
+
+
+def test_what_is_computed_once_has_the_derivative_of_the_identity() -> None:
+  x = jnp.asarray([0.0, -2.0, jnp.nan])
+  pull = jax.vjp(processor.computed_once, x)[1]
+  np.testing.assert_array_equal(pull(jnp.arange(3.0))[0], [0.0, 1.0, 2.0])
