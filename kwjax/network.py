@@ -121,13 +121,21 @@ class Network:
   def forward(self, variables: Variables, images: Array) -> tuple[Array, Variables]:
     """The `ApplyFn` that wrappers build on: logits f32[b,k] and whatever interceptors left in `batch_stats`.
 
+    On CPUs layers take their fast forms, see `kwjax.kernels`.
+
     Args:
       variables: as `self.variables`, or others of the same structure.
       images: f32[b,h,w,c] in [0,1].
     """
+    from kwjax.kernels.layers import accelerated
+
     mean, std = jnp.asarray(self.input_mean, images.dtype), jnp.asarray(self.input_std, images.dtype)
     options = dict(self.call_options or {})
-    returned, mutated = self.module.apply(variables, (images - mean) / std, mutable=["batch_stats"], **options)
+
+    def apply(variables: Variables, normalized: Array) -> tuple[Any, Variables]:
+      return self.module.apply(variables, normalized, mutable=["batch_stats"], **options)
+
+    returned, mutated = accelerated(apply)(variables, (images - mean) / std)
     return select_logits(returned, output_path(self.output), self.name), mutated
 
   def apply(self, images: Array | np.ndarray) -> Array:

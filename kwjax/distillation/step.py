@@ -22,7 +22,7 @@ from kwjax.distillation.features import recorded_features, recording_features, r
 from kwjax.distillation.losses import kl_divergence, stage_losses
 from kwjax.errors import KwjaxError
 from kwjax.intercept import Forwardable
-from kwjax.kernels.convolution import fewer_products
+from kwjax.kernels import fewer_products
 from kwjax.network import ApplyFn, Array, Variables
 from kwjax.runtime import parallel
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from kwjax import intercept
+from kwjax import kernels
 from kwjax.errors import KwjaxError, WeightsError
-from kwjax.export.trace import float_network, native_convolution, weights_of
+from kwjax.export.trace import float_network, weights_of
 from kwjax.network import Array, Network
 from kwjax.quantization.integer import QTensor
 from kwjax.quantization.wrap import QuantizedNetwork, quantize_inputs
@@ -93,7 +93,8 @@ def export_stablehlo(
   count = export.symbolic_shape("batch")[0] if batch is None else batch
   images = jax.ShapeDtypeStruct((count, *base.image_shape), jnp.float32)
   try:
-    with jax.default_matmul_precision("highest"):
+    # The fast forms for CPUs are many operations each, and for CPUs alone.
+    with kernels.enabled(False), jax.default_matmul_precision("highest"):
       program = export.export(jax.jit(forward), platforms=tuple(platforms))(images)
   except jax.errors.InconclusiveDimensionOperation as error:
     reason = str(error).splitlines()[0]
@@ -119,14 +120,14 @@ def _forward(
   network: Network | QuantizedNetwork,
 ) -> tuple[Network, Callable[[Array], Array], dict[str, list[str]]]:
   """The forward pass as a function of the images alone, its kernels as the quantized network uses them."""
-  base, kernels = float_network(network), weights_of(network)
-  apply = intercept.intercept(base.forward, lambda module: True, _natively)
+  base, weights = float_network(network), weights_of(network)
+  apply = base.forward
   if isinstance(network, QuantizedNetwork):
     apply = quantize_inputs(apply, base, network.rules, network.ranges)
 
   def forward(images: Array) -> Array:
     params = flax.traverse_util.flatten_dict(dict(base.variables["params"]))
-    for path, weight in kernels.items():
+    for path, weight in weights.items():
       params[path] = (
         jnp.asarray(weight.value)
         if weight.integer is None
@@ -136,15 +137,10 @@ def _forward(
     return apply(variables, images)[0]
 
   held = {
-    "integer_layers": [w.layer for w in kernels.values() if w.integer is not None],
-    "float_layers": [w.layer for w in kernels.values() if w.integer is None],
+    "integer_layers": [w.layer for w in weights.values() if w.integer is not None],
+    "float_layers": [w.layer for w in weights.values() if w.integer is None],
   }
   return base, forward, held
-
-
-def _natively(module: Any, x: Array, proceed: Callable[[Array], Any]) -> Any:
-  with native_convolution(module):
-    return proceed(x)
 
 
 def load_stablehlo(path: str | pathlib.Path) -> StablehloNetwork:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -14,12 +12,11 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax import export, lax
+from jax import export
 
-from kwjax import intercept
+from kwjax import intercept, kernels
 from kwjax.errors import KwjaxError
 from kwjax.export.graph import Weight
-from kwjax.kernels.convolution import conv_general_dilated
 from kwjax.network import Array, Network, Variables
 from kwjax.quantization.fake_quant import fake_quant
 from kwjax.quantization.grids import Clip
@@ -47,20 +44,6 @@ def rules_of(network: Network | QuantizedNetwork) -> dict[str, LayerRule]:
   return {layer.name: FLOAT for layer in intercept.matmul_layers(network)}
 
 
-@contextlib.contextmanager
-def native_convolution(module: nn.Module) -> Iterator[None]:
-  """A layer of `kwjax.models` with XLA's own convolution: its fast forms for CPUs are many operations."""
-  if getattr(module, "conv_general_dilated", None) is not conv_general_dilated:
-    yield
-    return
-  # A bound module is frozen, and a copy of it would have another path.
-  object.__setattr__(module, "conv_general_dilated", lax.conv_general_dilated)
-  try:
-    yield
-  finally:
-    object.__setattr__(module, "conv_general_dilated", conv_general_dilated)
-
-
 def trace(network: Network | QuantizedNetwork, batch: int | None) -> tuple[Any, Variables]:
   """The program of the forward pass and the variables that are its first arguments; the images are the last.
 
@@ -80,22 +63,20 @@ def trace(network: Network | QuantizedNetwork, batch: int | None) -> tuple[Any, 
 
   def handle(module: nn.Module, x: Array, proceed: Any) -> Any:
     name = intercept.layer_name(module)
-    if name in bits:
-      interval = intercept.provided(module, _RANGE)
-      if interval is None:
-        raise KwjaxError(f"the activation range of layer {name} does not reach it: its lifted transform keeps it back")
-      x = quantize_p.bind(x, *interval, layer=name, bits=bits[name])
-    with native_convolution(module):
-      return proceed(x)
+    interval = intercept.provided(module, _RANGE)
+    if interval is None:
+      raise KwjaxError(f"the activation range of layer {name} does not reach it: its lifted transform keeps it back")
+    return proceed(quantize_p.bind(x, *interval, layer=name, bits=bits[name]))
 
-  apply = intercept.intercept(base.forward, lambda module: True, handle)
+  apply = intercept.intercept(base.forward, lambda module: intercept.layer_name(module) in bits, handle)
   variables = dict(base.variables)
   if isinstance(network, QuantizedNetwork):
     variables = intercept.provide(variables, _RANGE, {name: network.ranges[name] for name in bits})
   count = export.symbolic_shape("batch")[0] if batch is None else batch
   images = jax.ShapeDtypeStruct((count, *base.image_shape), jnp.float32)
   try:
-    with jax.default_matmul_precision("highest"):
+    # The fast forms for CPUs are many operations each.
+    with kernels.enabled(False), jax.default_matmul_precision("highest"):
       return jax.make_jaxpr(lambda v, x: apply(v, x)[0])(variables, images), variables
   except jax.errors.InconclusiveDimensionOperation as error:
     reason = str(error).splitlines()[0]

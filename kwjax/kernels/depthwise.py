@@ -1,23 +1,20 @@
 """Depthwise convolutions as sums of shifted images, and their two gradients in the same manner.
 
 XLA's CPU backend runs a convolution with as many groups as channels as scalar code; k * k shifted multiply-adds become one
-vectorised loop. Other platforms keep the native convolution.
+vectorised loop.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from kwjax.kernels.windows import (
   Window,
-  image_parts,
-  native_convolution,
   pad_images,
   scatter_taps,
   sum_over_parts,
@@ -41,11 +38,6 @@ def _shifted(images: Array, kernel: Array, window: Window) -> Array:
   return functools.reduce(jnp.add, products)
 
 
-def _shifted_input_gradient(kernel: Array, cotangent: Array, shape: tuple[int, int, int, int], window: Window) -> Array:
-  """Transpose of `_shifted` in its images."""
-  return scatter_taps(shape, window, (cotangent,), (0.0,), lambda tap, seen: seen[0] * kernel[tap][0])
-
-
 def _shifted_kernel_gradient(images: Array, cotangent: Array, window: Window) -> Array:
   """Transpose of `_shifted` in its kernel: k'[i,j,0,c] = sum_bhw (tap (i,j) of the images) * cotangent.
 
@@ -53,8 +45,8 @@ def _shifted_kernel_gradient(images: Array, cotangent: Array, window: Window) ->
   for each: of 8 images of 56x56x144 on each of two cores 9.9 ms, as a whole 17 ms.
   """
   bytes_of_image = 4 * (math.prod(images.shape[1:]) + math.prod(cotangent.shape[1:]))
-  parts = image_parts(images.shape[0], bytes_of_image, _CACHED_PART, fewest=2, smallest=_FEWEST_IMAGES)
-  return sum_over_parts(lambda x, g: _kernel_gradient_of_part(x, g, window), images, cotangent, parts)
+  gradient = functools.partial(_kernel_gradient_of_part, window=window)
+  return sum_over_parts(gradient, images, cotangent, bytes_of_image, _CACHED_PART, fewest=2, smallest=_FEWEST_IMAGES)
 
 
 def _kernel_gradient_of_part(images: Array, cotangent: Array, window: Window) -> Array:
@@ -78,45 +70,23 @@ def _kernel_gradient_of_part(images: Array, cotangent: Array, window: Window) ->
   return jnp.sum(jnp.concatenate(per_tap, axis=2), axis=(0, 1, 3)).reshape(*window.size, 1, channels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def depthwise(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def depthwise(images: Array, kernel: Array, window: Window) -> Array:
   """Depthwise convolution: images f32[b,h,w,c], kernel f32[kh,kw,1,c] -> f32[b,oh,ow,c]; reverse mode only.
 
-  y[b,h,w,c] = sum_ij x[b, h s + i - top, w s + j - left, c] k[i,j,0,c]; `precision` is for platforms other than CPUs.
+  y[b,h,w,c] = sum_ij x[b, h s + i - top, w s + j - left, c] k[i,j,0,c]
   """
-  return lax.platform_dependent(
-    images,
-    kernel,
-    cpu=lambda x, k: _shifted(x, k, window),
-    default=lambda x, k: native_convolution(x, k, window, precision),
-  )
+  return _shifted(images, kernel, window)
 
 
-def _depthwise_forward(
-  images: Array, kernel: Array, window: Window, precision: Any
-) -> tuple[Array, tuple[Array, Array]]:
-  return depthwise(images, kernel, window, precision), (images, kernel)
+def _depthwise_forward(images: Array, kernel: Array, window: Window) -> tuple[Array, tuple[Array, Array]]:
+  return depthwise(images, kernel, window), (images, kernel)
 
 
-def _depthwise_backward(
-  window: Window, precision: Any, residuals: tuple[Array, Array], cotangent: Array
-) -> tuple[Array, Array]:
-  # Two choices rather than one: a gradient that nobody asks for is then dropped with its whole branch.
+def _depthwise_backward(window: Window, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
   images, kernel = residuals
-  batch, height, width, channels = images.shape
-  to_images = lax.platform_dependent(
-    kernel,
-    cotangent,
-    cpu=lambda k, g: _shifted_input_gradient(k, g, (batch, height, width, channels), window),
-    default=lambda k, g: jax.linear_transpose(lambda x: native_convolution(x, k, window, precision), images)(g)[0],
-  )
-  to_kernel = lax.platform_dependent(
-    images,
-    cotangent,
-    cpu=lambda x, g: _shifted_kernel_gradient(x, g, window),
-    default=lambda x, g: jax.linear_transpose(lambda k: native_convolution(x, k, window, precision), kernel)(g)[0],
-  )
-  return to_images, to_kernel
+  to_images = scatter_taps(images.shape, window, (cotangent,), (0.0,), lambda tap, seen: seen[0] * kernel[tap][0])
+  return to_images, _shifted_kernel_gradient(images, cotangent, window)
 
 
 depthwise.defvjp(_depthwise_forward, _depthwise_backward)

@@ -1,4 +1,4 @@
-"""Sliding windows over NHWC images as static slices: the shape arithmetic of depthwise convolutions and poolings.
+"""Sliding windows over NHWC images as static slices: the shape arithmetic of convolutions and poolings.
 
 XLA's CPU backend turns a sum of static slices into one vectorised loop, where its windowed primitives run scalar code.
 A tap (i, j) is one position inside the window; the tap's image holds, for every output position, the input it sees.
@@ -17,6 +17,9 @@ from jax import Array, lax
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 """Of images, kernels and results, as `lax.conv_general_dilated` names it."""
 
+Padding = tuple[tuple[int, int], tuple[int, int]]
+"""((top, bottom), (left, right)), in pixels."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -24,7 +27,7 @@ class Window:
 
   size: tuple[int, int]
   stride: tuple[int, int]
-  padding: tuple[tuple[int, int], tuple[int, int]]
+  padding: Padding
 
   @property
   def taps(self) -> list[tuple[int, int]]:
@@ -47,7 +50,7 @@ class Window:
     return Window(self.size, (1, 1), ((rows - top, rows - bottom), (columns - left, columns - right)))
 
 
-def pad_images(images: Array, padding: tuple[tuple[int, int], tuple[int, int]], value: float | Array = 0.0) -> Array:
+def pad_images(images: Array, padding: Padding, value: float | Array = 0.0) -> Array:
   """Images f32[b,h,w,c] with rows and columns of `value` added, or cut off where the padding is negative.
 
   The transpose of a convolution whose padding is larger than its kernel reaches is one with negative padding.
@@ -67,7 +70,7 @@ def tap_of_padded(padded: Array, window: Window, tap: tuple[int, int], rows: int
 
 
 def scatter_taps(
-  shape: tuple[int, int, int, int],
+  shape: tuple[int, ...],
   window: Window,
   outputs: tuple[Array, ...],
   fill: tuple[float, ...],
@@ -133,29 +136,30 @@ def native_convolution(images: Array, kernel: Array, window: Window, precision: 
   )
 
 
-def image_parts(batch: int, bytes_of_image: int, cached: int, *, fewest: int = 1, smallest: int = 1) -> int:
-  """Into how many equal parts a batch is divided: as few as let what is made of a part take at most `cached` bytes.
-
-  Args:
-    batch: images.
-    bytes_of_image: what is made of one.
-    cached: bytes that stay near a core.
-    fewest: parts, where the batch can be divided at all.
-    smallest: images in a part, which may then take more than `cached`.
-  """
-  counts = [n for n in range(fewest, batch // smallest + 1) if batch % n == 0]
-  return next((n for n in counts if bytes_of_image * (batch // n) <= cached), counts[-1] if counts else 1)
-
-
-def sum_over_parts(function: Callable[[Array, Array], Array], images: Array, cotangent: Array, parts: int) -> Array:
+def sum_over_parts(
+  function: Callable[[Array, Array], Array],
+  images: Array,
+  cotangent: Array,
+  bytes_of_image: int,
+  cached: int,
+  *,
+  fewest: int = 1,
+  smallest: int = 1,
+) -> Array:
   """function(images, cotangent), a sum over images, as a sum over equal parts of the batch that are taken one after the other.
 
   Args:
     function: `(x [b/n,...], g [b/n,...]) -> sum`; not a convolution, which inside a loop is slow on CPUs.
     images: f32[b,...].
     cotangent: f32[b,...].
-    parts: n, a divisor of b.
+    bytes_of_image: what is made of one image.
+    cached: bytes that stay near a core; there are as few parts as let what is made of a part fit.
+    fewest: parts, where the batch can be divided at all.
+    smallest: images in a part, which may then take more than `cached`.
   """
+  batch = images.shape[0]
+  counts = [n for n in range(fewest, batch // smallest + 1) if batch % n == 0]
+  parts = next((n for n in counts if bytes_of_image * (batch // n) <= cached), counts[-1] if counts else 1)
   if parts == 1:
     return function(images, cotangent)
   split = tuple(array.reshape(parts, -1, *array.shape[1:]) for array in (images, cotangent))

@@ -6,8 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from kwjax.models.layers import batch_norm, conv
-from kwjax.models.pooling import global_average_pool, max_pool
+from kwjax.models.layers import MaxPool, batch_norm, conv, global_average_pool
 
 
 class DenseLayer(nn.Module):
@@ -73,7 +72,7 @@ class DenseNet(nn.Module):
     else:
       x = conv(2 * self.growth, 7, "conv0", stride=2)(x)
       x = nn.relu(batch_norm("norm0", train)(x))
-      x = max_pool(x, 3, 2, 1)
+      x = MaxPool(3, 2, 1, name="pool0")(x)
     for index, layers in enumerate(self.blocks, 1):
       x = DenseBlock(layers, self.growth, name=f"denseblock{index}")(x, train)
       if index < len(self.blocks):

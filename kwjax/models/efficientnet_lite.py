@@ -10,8 +10,7 @@ import functools
 import flax.linen as nn
 from jax import Array
 
-from kwjax.models.layers import batch_norm, conv, dropout, relu6
-from kwjax.models.pooling import global_average_pool
+from kwjax.models.layers import batch_norm, conv, dropout, global_average_pool, relu6
 
 EPS = 1e-3
 MOMENTUM = 0.99

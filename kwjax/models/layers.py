@@ -6,11 +6,8 @@ Flax modules carry the names of the PyTorch modules they mirror, so that convert
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
-
-from kwjax.kernels.convolution import conv_general_dilated
+from jax import Array
 
 TORCH_EPS = 1e-5
 TORCH_MOMENTUM = 0.9
@@ -44,7 +41,6 @@ def conv(
     feature_group_count=groups,
     use_bias=bias,
     kernel_init=_KERNEL_INIT,
-    conv_general_dilated=conv_general_dilated,
     name=name,
   )
 
@@ -63,23 +59,29 @@ def relu6(x: Array) -> Array:
   return jnp.clip(x, 0.0, 6.0)
 
 
-@jax.custom_jvp
-def relu_of_sum(residual: Array, shortcut: Array) -> Array:
-  """max(residual + shortcut, 0), the end of a residual block, computed once on CPUs.
+class MaxPool(nn.Module):
+  """`nn.max_pool` as a module, so that it can be intercepted as other layers can: f32[b,h,w,c] -> f32[b,oh,ow,c].
 
-  What XLA takes for a function of one array it computes anew for every use that it can fuse it with. The uses of a block's end
-  are the next block's end and its derivative, so that each would add up all blocks before it. A choice by comparison
-  counts as a function of two arrays, which goes to memory where a convolution reads it. The values are the same.
+  Attributes:
+    size: side of the window, in pixels.
+    stride: distance between windows, in pixels.
+    padding: pixels added on each of the four sides, which never win.
   """
-  total = residual + shortcut
-  return lax.platform_dependent(total, cpu=lambda z: jnp.where(z <= 0.0, jnp.zeros_like(z), z), default=nn.relu)
+
+  size: int
+  stride: int
+  padding: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Returns y[b,h,w,c] = max_ij x[b, h s + i - p, w s + j - p, c]."""
+    pads = (self.padding, self.padding)
+    return nn.max_pool(x, (self.size, self.size), strides=(self.stride, self.stride), padding=(pads, pads))
 
 
-@relu_of_sum.defjvp
-def _relu_of_sum_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-  """The tangent of the sum where it is positive, else zero."""
-  y, tangent = relu_of_sum(*primals), tangents[0] + tangents[1]
-  return y, jnp.where(y > 0.0, tangent, jnp.zeros_like(tangent))
+def global_average_pool(x: Array) -> Array:
+  """Mean over all pixels: f32[b,h,w,c] -> f32[b,c]."""
+  return jnp.mean(x, axis=(1, 2))
 
 
 def dropout(x: Array, rate: float, train: bool) -> Array:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 from jax import Array
 
-from kwjax.models.layers import batch_norm, conv, dropout, relu6
-from kwjax.models.pooling import global_average_pool
+from kwjax.models.layers import batch_norm, conv, dropout, global_average_pool, relu6
 
 # (expansion, output channels, number of blocks, stride of the first block)
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))

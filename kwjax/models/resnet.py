@@ -9,8 +9,7 @@ from __future__ import annotations
 import flax.linen as nn
 from jax import Array
 
-from kwjax.models.layers import batch_norm, conv, relu_of_sum
-from kwjax.models.pooling import global_average_pool, max_pool
+from kwjax.models.layers import MaxPool, batch_norm, conv, global_average_pool
 
 
 class BasicBlock(nn.Module):
@@ -27,7 +26,7 @@ class BasicBlock(nn.Module):
     y = nn.relu(batch_norm("bn1", train)(y))
     y = conv(self.features, 3, "conv2")(y)
     y = batch_norm("bn2", train)(y)
-    return relu_of_sum(y, _shortcut(x, self.features, self.stride, train))
+    return nn.relu(y + _shortcut(x, self.features, self.stride, train))
 
 
 class Bottleneck(nn.Module):
@@ -47,7 +46,7 @@ class Bottleneck(nn.Module):
     y = nn.relu(batch_norm("bn2", train)(y))
     y = conv(outputs, 1, "conv3")(y)
     y = batch_norm("bn3", train)(y)
-    return relu_of_sum(y, _shortcut(x, outputs, self.stride, train))
+    return nn.relu(y + _shortcut(x, outputs, self.stride, train))
 
 
 def _shortcut(x: Array, features: int, stride: int, train: bool) -> Array:
@@ -77,7 +76,7 @@ class ResNet(nn.Module):
     """Maps normalised images f32[b,h,w,3] to logits f32[b,num_classes]; `train` makes BatchNorm use the batch."""
     x = conv(64, 3, "conv1")(x) if self.small_images else conv(64, 7, "conv1", stride=2)(x)
     x = nn.relu(batch_norm("bn1", train)(x))
-    x = x if self.small_images else max_pool(x, 3, 2, 1)
+    x = x if self.small_images else MaxPool(3, 2, 1, name="maxpool")(x)
     for stage, count in enumerate(self.blocks):
       for index in range(count):
         stride = 2 if stage > 0 and index == 0 else 1

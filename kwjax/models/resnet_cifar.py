@@ -10,8 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from kwjax.models.layers import batch_norm, conv, relu_of_sum
-from kwjax.models.pooling import global_average_pool
+from kwjax.models.layers import batch_norm, conv, global_average_pool
 
 
 class CifarBlock(nn.Module):
@@ -27,7 +26,7 @@ class CifarBlock(nn.Module):
     y = nn.relu(batch_norm("bn1", train)(y))
     y = conv(self.features, 3, "conv2")(y)
     y = batch_norm("bn2", train)(y)
-    return relu_of_sum(y, _shortcut_a(x, self.features, self.stride))
+    return nn.relu(y + _shortcut_a(x, self.features, self.stride))
 
 
 def _shortcut_a(x: Array, features: int, stride: int) -> Array:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 from jax import Array
 
-from kwjax.models.layers import batch_norm, conv, dropout
-from kwjax.models.pooling import global_average_pool
+from kwjax.models.layers import batch_norm, conv, dropout, global_average_pool
 
 
 class WideBlock(nn.Module):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kwjax import intercept
-from kwjax.cpu import computed_once
 from kwjax.errors import DataError, KwjaxError, NonFiniteError
-from kwjax.kernels.convolution import fewer_products
+from kwjax.kernels import fewer_products
+from kwjax.kernels.processor import computed_once
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.ranges import Interval, RangeTable
 from kwjax.quantization.rules import QuantRules

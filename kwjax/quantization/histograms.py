@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kwjax import intercept
-from kwjax.cpu import computed_once
 from kwjax.errors import KwjaxError
+from kwjax.kernels.processor import computed_once
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.extremes import observed_arithmetic
 from kwjax.quantization.ranges import Interval, RangeTable

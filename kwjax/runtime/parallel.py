@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kwjax.cpu import compiler_options
 from kwjax.errors import KwjaxError
+from kwjax.kernels.processor import compiler_options
 from kwjax.runtime import placement
 from kwjax.runtime.packing import pack_constants, unpacked
 

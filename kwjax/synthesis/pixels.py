@@ -22,7 +22,7 @@ from kwjax.batchnorm import (
   weigh,
 )
 from kwjax.intercept import Forwardable
-from kwjax.kernels.convolution import fewer_products
+from kwjax.kernels import fewer_products
 from kwjax.network import Array, Network
 from kwjax.runtime import parallel
 from kwjax.synthesis.augment import augment

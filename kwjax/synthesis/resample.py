@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kwjax.cpu import computed_once
+from kwjax.kernels.processor import computed_once
 
 _BLOCK = 32  # rows made at once
 _LARGE = 128  # rows and columns, from which blocks are worth their gathers

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kwjax import intercept
-from kwjax.models.pooling import max_pool
+from kwjax.models.layers import MaxPool
 from kwjax.network import Network
 from kwjax.quantization import QuantizedNetwork, QuantRules, Ranges, quantize
 
@@ -41,7 +41,7 @@ class Mixed(nn.Module):
     y = nn.GroupNorm(num_groups=2, name="gn")(y)
     y = jnp.concatenate([y[..., 4:], jnp.pad(y[:, :, :, 1:3], ((0, 0), (0, 0), (0, 0), (1, 1)))], axis=-1)
     gate = nn.sigmoid(nn.Dense(8, name="gate")(y.mean((1, 2), keepdims=True)))
-    y = max_pool(jnp.where(y > 0, y * gate, nn.gelu(y)), 3, 2, 1)
+    y = MaxPool(3, 2, 1)(jnp.where(y > 0, y * gate, nn.gelu(y)))
     tokens = y.reshape(y.shape[0], -1, 8)
     weights = nn.softmax(jnp.einsum("bnc,bmc->bnm", tokens, tokens))
     mixed = nn.Dense(6, name="values")(jnp.einsum("bnm,bmc->bnc", weights, tokens))

@@ -13,8 +13,6 @@ from flax.traverse_util import flatten_dict
 
 from kwjax.errors import KwjaxError
 from kwjax.models import get_model, known_models, model_info
-from kwjax.models.layers import relu_of_sum
-from kwjax.models.resnet_cifar import CifarResNet
 
 # name: (parameters, BatchNorm layers). ImageNet: the counts that torchvision and the TensorFlow repository publish.
 _COUNTS = {
@@ -235,33 +233,3 @@ def test_information_on_inputs():
   # Its weights were trained on (x - 127) / 128 with x in 0..255.
   pixel = (np.array([0.0, 255.0]) / 255 - lite.input_mean[0]) / lite.input_std[0]
   np.testing.assert_allclose(pixel, [-127 / 128, 1.0])
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_end_of_a_block_is_relu_of_the_sum(dtype):
-  a, b = (jnp.asarray([*row, jnp.nan], dtype) for row in ([1.0, -2.0, 0.5, -0.5, 0.0], [2.0, 1.0, -0.5, 0.5, 1.0]))
-
-  def gradients(function):
-    return jax.jit(jax.grad(lambda a, b: jnp.sum(jnp.sin(function(a, b))[:-1].astype(jnp.float32)), (0, 1)))(a, b)
-
-  def plain(a, b):
-    return nn.relu(a + b)
-
-  assert relu_of_sum(a, b).dtype == dtype
-  np.testing.assert_array_equal(*(np.asarray(f(a, b), np.float32) for f in (relu_of_sum, plain)))
-  np.testing.assert_array_equal(*(np.asarray(gradients(f), np.float32) for f in (relu_of_sum, plain)))
-  tangents = [np.asarray(jax.jvp(f, (a, b), (b, a))[1], np.float32) for f in (relu_of_sum, plain)]
-  np.testing.assert_array_equal(*tangents)
-
-
-def test_the_end_of_a_block_is_computed_once_on_cpus():
-  """Each block's end would otherwise be added up anew, from the first block on, by every later one and by the backward pass."""
-  if jax.default_backend() != "cpu":
-    pytest.skip("about XLA's CPU backend")
-  network = CifarResNet(blocks_per_stage=4)
-  images = jnp.ones((2, 8, 8, 3))
-  variables = network.init(jax.random.key(0), images)
-  text = jax.jit(network.apply).lower(variables, images).compile().as_text()
-  loops = [part for part in text.split("\n\n") if "fused_computation" in part.partition("(")[0]]
-  # BatchNorm's bias and the shortcut, which comes from memory; 8 and more where the blocks before are added up again.
-  assert max(loop.count(" add(") for loop in loops) <= 3

@@ -1,6 +1,5 @@
 """How a set of images is forwarded: in what pieces, in what order, and what is computed of a layer's input."""
 
-import re
 import types
 
 import flax.linen as nn
@@ -9,12 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kwjax.cpu import computed_once
 from kwjax.errors import Interrupted
-from kwjax.kernels import pointwise
 from kwjax.models.mobilenet import InvertedResidual
 from kwjax.quantization import observe_ranges
-from kwjax.quantization.extremes import recording_extremes
 from kwjax.quantization.histograms import observe_histograms
 from kwjax.runtime import batch_sizes, forwarding
 from kwjax.runtime.evaluate import predict
@@ -128,36 +124,3 @@ def test_a_stop_still_hands_over_what_was_forwarded() -> None:
   with pytest.raises(Interrupted):
     forward_all(np.ones((9, 2, 2, 1), np.float32), seen, batch_size=2, should_stop=lambda: next(answers))
   assert seen == ["forward 2", "forward 2", "take 2", "take 2"]
-
-
-def test_a_layer_input_is_what_it_was_bit_by_bit() -> None:
-  x = jnp.asarray([0.0, -0.0, 1.5, -jnp.inf, jnp.inf, 1e-42, jnp.nan], jnp.float32)
-  found = np.asarray(jax.jit(computed_once)(x))
-  np.testing.assert_array_equal(found, x)
-  np.testing.assert_array_equal(np.signbit(found[:-1]), np.signbit(x[:-1]))
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is XLA's CPU backend that computes it several times")
-@pytest.mark.parametrize(("channels", "loops"), [(40, 2), (8, 4)])
-def test_convolutions_that_are_loops_run_once_beside_what_is_observed_of_them(
-  monkeypatch: pytest.MonkeyPatch, channels: int, loops: int
-) -> None:
-  """Before, XLA ran each depthwise one for the lowest and highest value and once more for the layer behind it."""
-
-  class Two(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-      x = InvertedResidual(channels, 1, 6, name="first")(x)
-      return InvertedResidual(channels, 1, 6, name="second")(x).mean((1, 2))
-
-  monkeypatch.setattr(pointwise, "has_wide_vectors", lambda: True)
-  network = random_network(Two(), image_shape=(32, 32, channels))
-  recording = recording_extremes(network.forward, network)
-
-  def loops_of_nine_products(function) -> int:
-    text = jax.jit(function).lower(network.variables, jnp.ones((4, 32, 32, channels))).compile().as_text()
-    return sum(body.count(" multiply(") >= 9 for body in re.split(r"\n(?=%|ENTRY)", text))
-
-  plain = loops_of_nine_products(lambda variables, images: network.forward(variables, images)[0])
-  assert plain == loops  # two depthwise ones, and two 1x1 ones of 8 channels with their BatchNorm
-  assert loops_of_nine_products(recording) == plain
