@@ -1,10 +1,10 @@
-"""Errors that a user can cause and can repair; each message is one sentence that names what was expected and what was found."""
+"""Errors that a user can cause and repair. Each message is one sentence: what was expected and what was found."""
 
 from __future__ import annotations
 
 
 class KwjaxError(ValueError):
-  """Base class: the command-line tools print the message alone and exit with status 2."""
+  """Base class of all errors; the command line prints its message and exits with status 2."""
 
 
 class NoBatchNormError(KwjaxError):
@@ -32,10 +32,10 @@ class RuleError(KwjaxError):
 
 
 class Interrupted(Exception):
-  """A run was asked to stop and has saved its state; started again with the same arguments it goes on from there.
+  """A run was asked to stop and has saved its state. The same call resumes it.
 
   Attributes:
-    exit_status: what a command that was interrupted ends with: 128 plus the number of the signal.
+    exit_status: exit status of the command, 128 plus the number of the signal.
   """
 
   exit_status: int = 130

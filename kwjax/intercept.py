@@ -1,8 +1,8 @@
-"""The only file that knows Flax's method interceptors: change a layer's call from outside, and carry values in and out.
+"""Flax's method interceptors: change a layer's call from outside, and carry values in and out. No other file uses them.
 
-Values travel as variables of the `batch_stats` collection under reserved names. That collection is the one that every
-module with BatchNorm already lifts through `nn.remat`, `nn.scan` and `nn.vmap`; a closure would leak tracers there, and a
-collection of our own would be dropped by `nn.scan`. Inside `nn.scan` the values are sliced and stacked along the layer axis.
+Values travel as variables of the collection `batch_stats`, under reserved names. Every module with BatchNorm lifts this
+collection through `nn.remat`, `nn.scan` and `nn.vmap`. A closure would leak tracers there, and `nn.scan` would drop a
+collection of another name. Inside `nn.scan` the values are sliced and stacked along the layer axis.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _PROVIDED = "kwjax_in"
 
 
 class Forwardable(Protocol):
-  """What analysis and training need of a network; `Network` and `QuantizedNetwork` both are one."""
+  """What analysis and training need of a network. `Network` and `QuantizedNetwork` provide it."""
 
   @property
   def name(self) -> str:
-    """What reports call it."""
+    """The name in reports."""
     ...
 
   @property
@@ -65,10 +65,10 @@ def layer_name(module: nn.Module) -> str:
 
 
 def intercept(apply: ApplyFn, selects: Callable[[nn.Module], bool], handle: Handler) -> ApplyFn:
-  """Wrap `apply` so that `handle` runs in place of the `__call__` of every selected module.
+  """Wrap `apply` so that `handle` replaces the `__call__` of every selected module.
 
-  The interceptor is entered inside the returned function, hence inside whatever jit traces it: entered outside, a function
-  that was already traced would ignore it silently.
+  The interceptor is entered inside the returned function, so that jit traces it. Entered outside, it would have no effect
+  on a function that was traced before.
   """
 
   def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -76,7 +76,7 @@ def intercept(apply: ApplyFn, selects: Callable[[nn.Module], bool], handle: Hand
     if context.method_name != "__call__" or module.is_initializing() or not selects(module):
       return next_fun(*args, **kwargs)
     if not args and _first_parameter(type(module).__call__) is None:
-      return next_fun(**kwargs)  # a scale, an embedding: a module without input is no layer
+      return next_fun(**kwargs)  # a module without input, such as a learned scale, is no layer
     if args:
       return handle(module, args[0], lambda x: next_fun(x, *args[1:], **kwargs))
     keyword = _first_parameter(type(module).__call__)
@@ -98,10 +98,10 @@ def _first_parameter(call: Callable[..., Any]) -> str | None:
 
 
 def record(module: nn.Module, name: str, value: Any) -> None:
-  """Leave a pytree of arrays for `collect`; a layer that is called several times leaves several.
+  """Store a pytree of arrays for `collect`, one for each call of the layer.
 
   Raises:
-    KwjaxError: the module sits in a lifted transform that does not let `batch_stats` out.
+    KwjaxError: the module is inside a lifted transform that does not return `batch_stats`.
   """
   if not module.is_mutable_collection(_COLLECTION):
     raise KwjaxError(
@@ -115,7 +115,7 @@ def record(module: nn.Module, name: str, value: Any) -> None:
 
 
 def collect(mutated: Variables, name: str) -> dict[str, list[Any]]:
-  """Values that `record` left under `name`: `{layer: [value of call 0, value of call 1, ...]}`."""
+  """Values that `record` stored under `name`: `{layer: [value of call 0, value of call 1, ...]}`."""
   found: dict[str, dict[int, Any]] = {}
 
   def walk(node: Any, path: tuple[str, ...]) -> None:
@@ -148,19 +148,19 @@ def provided(module: nn.Module, name: str) -> Any | None:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """One module of a network as met in the forward pass of a single image.
+  """One module of a network, as it runs in the forward pass of one image.
 
   Attributes:
     name: path of its variables.
     kind: its class name.
-    primitive: whether it is a layer of Flax itself (Conv, Dense, BatchNorm, ...), not a composite of layers.
+    primitive: whether it is a layer of Flax (Conv, Dense, BatchNorm, ...), not a composite of layers.
     input_shape: shape of its first input for a batch of one.
-    output_shape: shape of its output for a batch of one; () where the output is not one array.
+    output_shape: shape of its output for a batch of one; () if the output is not one array.
     kernel_shape: shape of its `kernel`, or None.
     groups: feature groups of a convolution, else 1.
-    repeats: times it is stacked by nn.scan or nn.vmap, else 1.
+    repeats: how often nn.scan or nn.vmap stacks it, else 1.
     channel_axes: axes of the kernel, counted from the end, that index output channels.
-    feeds_logits: whether its kernel has a part in the logits; of a network with other outputs beside them, not all have.
+    feeds_logits: whether the logits depend on its kernel. With several outputs, some kernels feed only others.
   """
 
   name: str
@@ -176,7 +176,7 @@ class Layer:
 
   @property
   def is_matmul(self) -> bool:
-    """Whether quantization rules speak of it: convolutions and dense layers that the logits come from."""
+    """Whether quantization rules apply to it: convolutions and dense layers that feed the logits."""
     return self.kernel_shape is not None and self.kind in _MATMULS and self.feeds_logits
 
   @property
@@ -202,7 +202,7 @@ _MATMULS = (
 
 
 def kind_of(module: nn.Module) -> str:
-  """Name of the Flax layer that a module is or derives from, else of its own class."""
+  """Name of the Flax layer class that a module is or derives from, else of its own class."""
   for cls in (nn.BatchNorm, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.DenseGeneral, nn.Dense):
     if isinstance(module, cls):
       return cls.__name__
@@ -210,7 +210,7 @@ def kind_of(module: nn.Module) -> str:
 
 
 def layers(network: Network) -> tuple[Layer, ...]:
-  """Every module of a network in execution order, found by tracing one image without computing anything."""
+  """Every module of a network in execution order, found by tracing one image; nothing is computed."""
   leaves, structure = jax.tree.flatten(dict(network.variables))
   shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
   return _trace_layers(network.tree_flatten()[1], structure, shapes)
@@ -263,7 +263,7 @@ def _trace_layers(
 
 
 def _repeats(variables: Any, module: nn.Module, kernel: Any) -> int:
-  """A kernel that has more axes outside the transform than inside it is stacked over layers."""
+  """How often a kernel is stacked: it then has more axes outside the transform than inside."""
   if kernel is None:
     return 1
   outside = variables.get("params", {})
@@ -274,7 +274,7 @@ def _repeats(variables: Any, module: nn.Module, kernel: Any) -> int:
 
 
 def _channel_axes(module: nn.Module) -> tuple[int, ...]:
-  """The last axis, but for a transposed kernel (features, inputs) and for dense layers with several feature axes."""
+  """The last axis, except for a transposed kernel (features, inputs) and dense layers with several feature axes."""
   if isinstance(module, nn.ConvTranspose) and module.transpose_kernel:
     return (-2,)
   if isinstance(module, nn.DenseGeneral) and not isinstance(module.features, int):
@@ -293,7 +293,7 @@ def matmul_layers(network: Network) -> tuple[Layer, ...]:
 
 
 def in_order(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-  """`values` re-ordered: jit returns dicts sorted by key, execution order is what people read."""
+  """`values` in execution order; jit returns dicts sorted by key."""
   order = {name: i for i, name in enumerate(names)}
-  # Stacked layers are named `path[i]`; they follow their path's place.
+  # A stacked layer `path[i]` takes the place of its path.
   return dict(sorted(values.items(), key=lambda kv: order.get(kv[0].split("[")[0], len(order))))

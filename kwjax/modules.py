@@ -1,4 +1,4 @@
-"""What other people's modules need before they can be used: an evaluation mode, a hash, logits out of several outputs."""
+"""Makes any Flax module usable: evaluation mode, a hash, and logits among several outputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import jax
 from kwjax.errors import KwjaxError
 
 OutputPath = tuple[str | int, ...]
-"""Keys and indices that lead from what a module returns to its logits; empty where it returns them alone."""
+"""Keys and indices from a module's output to its logits; empty if the output is the logits."""
 
-# Evaluation mode under the names in use for a module's mode argument; BatchNorm's own mode is set by kwjax.batchnorm.
+# Common names of a module's mode argument, with the value for evaluation.
 _EVALUATION_ARGUMENTS = {
   "train": False,
   "training": False,
@@ -27,18 +27,18 @@ _EVALUATION_ARGUMENTS = {
 
 
 def evaluation_arguments(module: nn.Module) -> dict[str, bool]:
-  """Keyword arguments that put a module's `__call__` in evaluation mode, read off its signature (`train=False`, ...)."""
+  """Keyword arguments that select evaluation mode, from the signature of `__call__` (`train=False`, ...)."""
   parameters = inspect.signature(type(module).__call__).parameters
   return {name: value for name, value in _EVALUATION_ARGUMENTS.items() if name in parameters}
 
 
 def hashable_module(module: nn.Module) -> nn.Module:
-  """The same module with lists among its attributes, and among those of its submodules, as tuples, and dicts frozen.
+  """The same module with lists as tuples and dicts frozen, in its attributes and its submodules'.
 
-  jit finds a compiled function again by the hash of the module: `nn.Sequential([...])` as it stands has none.
+  jit looks up compiled functions by the module's hash, and `nn.Sequential([...])` has none.
 
   Raises:
-    KwjaxError: an attribute cannot be hashed even so, such as an array.
+    KwjaxError: an attribute, such as an array, has no hash.
   """
   if _is_hashable(module):
     return module
@@ -74,7 +74,7 @@ def _is_hashable(value: Any) -> bool:
 
 
 def output_path(output: str | int | Sequence[str | int] | None) -> OutputPath | None:
-  """`output` of a `Network` in its one form: None, or a tuple of keys and indices.
+  """`output` of a `Network` in normal form: None, or a tuple of keys and indices.
 
   Raises:
     KwjaxError: it holds something else.
@@ -88,10 +88,10 @@ def output_path(output: str | int | Sequence[str | int] | None) -> OutputPath | 
 
 
 def select_logits(returned: Any, path: OutputPath | None, name: str) -> jax.Array:
-  """Logits f32[b,k] out of what the module of network `name` returned.
+  """Logits f32[b,k] from what the module of network `name` returned.
 
   Raises:
-    KwjaxError: there is no such output, or it is no logits; the message says what there is and how to choose.
+    KwjaxError: there is no such output, or it is not logits. The message lists the outputs.
   """
   logits = returned
   for key in path or ():
@@ -124,7 +124,7 @@ def _described(returned: Any) -> str:
 
 
 def leaves_behind(function: Callable[..., Any], variables: Any, *args: Any) -> set[tuple[str, ...]]:
-  """Paths of the variables that `function(variables, *args)` is computed from; all inputs of a lifted transform count.
+  """Paths of the variables that `function(variables, *args)` depends on; all inputs of a lifted transform count.
 
   Args:
     function: anything that JAX can trace.
@@ -132,7 +132,7 @@ def leaves_behind(function: Callable[..., Any], variables: Any, *args: Any) -> s
     args: the other arguments, arrays or their shapes.
   """
   program = jax.make_jaxpr(function)(variables, *args).jaxpr
-  # By identity: an equation's inputs may be literals, which have no hash.
+  # By identity: an equation's inputs can be literals, which have no hash.
   needed = {id(variable) for variable in program.outvars}
   for equation in reversed(program.eqns):
     if any(id(variable) in needed for variable in equation.outvars):

@@ -1,4 +1,4 @@
-"""A trained network as one immutable value: Flax module, variables, and what its input means."""
+"""A trained network as one immutable value: Flax module, variables, and normalization of the input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kwjax.network_files import (
   read_weights,
 )
 
-_MOST_LISTED = 20  # arrays that one message names
+_MOST_LISTED = 20  # arrays in one message
 
 Array = jax.Array
 Variables = Mapping[str, Any]
@@ -37,7 +37,7 @@ ApplyFn = Callable[[Variables, Array], tuple[Array, Variables]]
 
 
 class FrozenInfo(dict):
-  """A JSON-able dict that can be hashed, so that a `Network` may be an argument of a jitted function."""
+  """A JSON-able dict with a hash, so that a `Network` can be an argument of a jitted function."""
 
   def __hash__(self) -> int:  # type: ignore[override]
     return hash(json.dumps(self, sort_keys=True, default=str))
@@ -46,24 +46,24 @@ class FrozenInfo(dict):
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-  """A trained network that takes images in [0, 1]; a pytree whose only children are its variables.
+  """A trained network that takes images in [0, 1]; a pytree whose children are its variables.
 
-  Always: the module sees `(images - input_mean) / input_std`.
+  Invariant: the module sees `(images - input_mean) / input_std`. A network can be an argument of jitted functions.
 
   Attributes:
-    module: any Flax Linen module; `__call__(x f32[b,h,w,c], ...) -> logits f32[b,k]`. Lists among its attributes become
+    module: any Flax Linen module; `__call__(x f32[b,h,w,c], ...) -> logits f32[b,k]`. Attributes that are lists become
       tuples.
     variables: `{"params": ..., "batch_stats": ...}`.
     image_shape: `(h, w, c)` of one image.
-    input_mean: per channel mean of the training data, in [0, 1] pixel units, length c.
-    input_std: per channel standard deviation, same units.
-    name: what reports call it.
-    arch: name in `kwjax.models`, or None for a module of the user's own.
+    input_mean: mean of the training data for each channel, in [0, 1] pixel units, length c.
+    input_std: standard deviation for each channel, same units.
+    name: the name in reports.
+    arch: name in `kwjax.models`, or None for your own module.
     model_options: keyword arguments of `get_model` that rebuild the module.
-    call_options: keyword arguments of every call; by default those that select evaluation mode.
-    source: where the weights came from (file, hash, URL).
-    output: for a module that returns more than logits: the key of a dict or the index of a tuple that they are, or a
-      sequence of those for nested outputs. Layers that lead to other outputs alone are not quantized.
+    call_options: keyword arguments of every call; the default selects evaluation mode.
+    source: where the weights come from (file, hash, URL).
+    output: for a module that returns more than logits: the key or index of the logits, or a sequence of them for
+      nested outputs. Layers that lead only to other outputs are not quantized.
   """
 
   module: nn.Module
@@ -119,7 +119,7 @@ class Network:
     return network
 
   def forward(self, variables: Variables, images: Array) -> tuple[Array, Variables]:
-    """The `ApplyFn` that wrappers build on: logits f32[b,k] and whatever interceptors left in `batch_stats`.
+    """The `ApplyFn` that wrappers build on: logits f32[b,k], and what interceptors recorded in `batch_stats`.
 
     On CPUs layers take their fast forms, see `kwjax.kernels`.
 
@@ -142,7 +142,7 @@ class Network:
     """Logits f32[b,k] of images f32[b,h,w,c] in [0,1], in evaluation mode.
 
     Raises:
-      KwjaxError: a BatchNorm layer runs in training mode all the same, so that images would depend on their batch.
+      KwjaxError: a BatchNorm layer runs in training mode, so an answer would depend on the other images.
     """
     from kwjax.intercept import layers
 
@@ -150,7 +150,7 @@ class Network:
     return self.forward(self.variables, jnp.asarray(images))[0]
 
   def replace(self, **changes: Any) -> Network:
-    """A copy with some fields changed."""
+    """The same network with some fields changed."""
     return dataclasses.replace(self, **changes)
 
   @property
@@ -167,7 +167,7 @@ def flatten_variables(variables: Variables) -> dict[str, np.ndarray]:
 
 
 def check_finite(variables: Variables, origin: str) -> None:
-  """Refuse NaN, infinite weights and negative variances; a variance of zero is that of a channel that never varied.
+  """Refuse NaN, infinite weights and negative variances. A variance of zero, a dead channel, is accepted.
 
   Raises:
     WeightsError: naming `origin`, and every bad array by its path.
@@ -183,10 +183,10 @@ def check_finite(variables: Variables, origin: str) -> None:
 
 
 def check_shapes(expected: Variables, found: Variables, origin: str) -> None:
-  """Compare two trees of variables; the first differences of all, and how many there are, are reported at once.
+  """Compare two trees of variables and report the differences in one error.
 
   Raises:
-    WeightsError: listing misshapen, missing and unexpected arrays with expected and found shapes.
+    WeightsError: with the number of misshapen, missing and unexpected arrays, and the shapes of the first ones.
   """
   want = {k: tuple(v.shape) for k, v in flax.traverse_util.flatten_dict(dict(expected), sep="/").items()}
   have = {k: tuple(v.shape) for k, v in flax.traverse_util.flatten_dict(dict(found), sep="/").items()}
@@ -200,13 +200,13 @@ def check_shapes(expected: Variables, found: Variables, origin: str) -> None:
 
 
 def _listed(problems: Sequence[str]) -> str:
-  """The first of them, and how many more there are: a stated depth of a thousand blocks is no reason for a thousand lines."""
+  """The first problems and the number of the others, so that a deep network gives no endless message."""
   more = len(problems) - _MOST_LISTED
   return "; ".join(problems[:_MOST_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def fingerprint(network: Network) -> str:
-  """SHA-256 over the names, shapes, types and bytes of all variables, and what the input means; 64 hexadecimal digits."""
+  """SHA-256 of all variables (names, shapes, types, bytes) and the input's normalization; 64 hexadecimal digits."""
   digest = hashlib.sha256(repr((network.image_shape, network.input_mean, network.input_std)).encode())
   for name, value in sorted(flatten_variables(network.variables).items()):
     digest.update(f"{name}{value.shape}{value.dtype}".encode())
@@ -215,7 +215,7 @@ def fingerprint(network: Network) -> str:
 
 
 def save_network(network: Network, folder: str | pathlib.Path) -> None:
-  """Write `model.safetensors` and `network.json` into `folder`; no pickle, no code, each file replaced atomically.
+  """Write `model.safetensors` and `network.json` into `folder`: no pickle, no code, each file replaced atomically.
 
   Raises:
     KwjaxError: the folder cannot be written.
@@ -250,10 +250,10 @@ def load_network(folder: str | pathlib.Path, *, module: nn.Module | None = None)
 
   Args:
     folder: holds `model.safetensors` and `network.json`.
-    module: the Flax module, for a network that is not in `kwjax.models`.
+    module: the Flax module, if the architecture is not in `kwjax.models`.
 
   Raises:
-    WeightsError: a file is missing or damaged, the weights do not fit the module, or hold NaN.
+    WeightsError: a file is missing or damaged, or the weights do not fit the module or contain NaN.
     KwjaxError: the architecture is unknown.
   """
   from kwjax.models import get_model
@@ -299,12 +299,12 @@ def load_network(folder: str | pathlib.Path, *, module: nn.Module | None = None)
 
 
 def _expected_variables(network: Network, where: pathlib.Path | None) -> Variables:
-  """Shapes that a network's module wants; errors are blamed on `where`, a file that chose the module, if there is one."""
+  """Shapes of the variables of a network's module. `where` is the file that named the module, for messages, or None."""
   image = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
   options = dict(network.call_options or {})
   try:
     return jax.eval_shape(lambda x: network.module.init(jax.random.key(0), x, **options), image)
-  # Flax, JAX and the module itself raise whatever they like for sizes that do not go together.
+  # Flax, JAX and the module raise many types of errors for sizes that do not fit.
   except Exception as error:
     if where is None:
       raise

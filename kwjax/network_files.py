@@ -1,4 +1,4 @@
-"""The files of a stored network, checked before anything in them is believed; `kwjax.network` makes a `Network` of them."""
+"""The files of a stored network, read and checked. `kwjax.network` builds a `Network` from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LARGEST_OPTION = 1000
 
 
 def check_options(options: Mapping[str, Any], where: pathlib.Path) -> None:
-  """Refuse model options that no network has: a million blocks would be traced without end.
+  """Refuse model options out of any sensible range; a million blocks would be traced for hours.
 
   Raises:
     WeightsError: naming `where`, the option and its value.
@@ -42,7 +42,7 @@ def check_options(options: Mapping[str, Any], where: pathlib.Path) -> None:
 
 
 def read_description(folder: pathlib.Path) -> dict[str, Any]:
-  """`network.json` of a folder, without its checksum, which may be absent: the file may have been written by hand.
+  """Content of `network.json` in a folder, without its checksum. A file written by hand needs none.
 
   Raises:
     WeightsError: the file is missing, damaged, of another format, or lacks a key.
@@ -64,7 +64,7 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
     found = description.get("format") if isinstance(description, dict) else type(description).__name__
     raise WeightsError(f"{path} has format {str(found)[:80]}, this version reads format {FORMAT}")
   stated = description.pop(SEAL, None)
-  # A key that is not known may be a damaged one, the checksum's included.
+  # An unknown key can be a damaged one, such as the checksum's.
   strange, missing = sorted(description.keys() - _KNOWN), [key for key in _REQUIRED if key not in description]
   if strange or missing:
     raise WeightsError(f"{path} is damaged or of another version: unknown keys {strange}, missing keys {missing}")
@@ -78,7 +78,7 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_weights(path: pathlib.Path, sha256: str | None) -> dict[str, jax.Array]:
-  """Arrays of a safetensors file by name, whose bytes must have the given SHA-256, if one is given.
+  """Arrays of a safetensors file by name. The bytes must have the given SHA-256, if there is one.
 
   Raises:
     WeightsError: the file is missing, damaged or not a safetensors file.
@@ -92,7 +92,7 @@ def read_weights(path: pathlib.Path, sha256: str | None) -> dict[str, jax.Array]
     raise WeightsError(f"{path} is damaged: expected sha256 {str(sha256)[:16]}, found {found[:16]}")
   try:
     arrays = safetensors.numpy.load(payload)
-  # KeyError, TypeError, AttributeError: an element type that NumPy does not have.
+  # KeyError, TypeError, AttributeError: an element type that NumPy lacks.
   except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
     raise WeightsError(f"{path} is not a safetensors file: {str(error)[:200]}") from error
   return {name: jnp.asarray(value) for name, value in arrays.items()}

@@ -50,7 +50,7 @@ exit status: 0 done, 2 nothing was written."""
 
 
 class _Parser(argparse.ArgumentParser):
-  """Reports a wrong command line in one sentence."""
+  """Report a wrong command line in one sentence."""
 
   def error(self, message: str) -> NoReturn:
     self.exit(2, f"{self.prog}: {message} (see --help)\n")
@@ -120,10 +120,10 @@ def _check_target(out: pathlib.Path, overwrite: bool) -> None:
 
 
 def write_folder(network: Network, out: pathlib.Path) -> None:
-  """Write a network so that `out` either holds all of it or is as it was before.
+  """Write a network; `out` then holds all of it, or is unchanged.
 
   Args:
-    network: what to write.
+    network: to write.
     out: a new or empty folder, or one that holds a network, which is replaced.
 
   Raises:

@@ -15,7 +15,7 @@ from weights_conversion.torch_import import read_weights
 if TYPE_CHECKING:
   from kwjax.network import Network
 
-# timm feeds its copies of Google's EfficientNet-Lite with (x - 0.5) / 0.5, the original with (255 x - 127) / 128.
+# timm normalizes EfficientNet-Lite with (x - 0.5) / 0.5, the original with (255 x - 127) / 128.
 _TIMM_LITE_INPUT = 0.5
 
 
@@ -34,17 +34,17 @@ def convert(
   Args:
     arch: name in `kwjax.models`.
     source: a path, a URL, `torchvision`, `torchvision:V2` or `demo`; see `weights_conversion.locations.locate`.
-    num_classes: outputs of the classifier; None takes the file's, any other number is an error.
-    input_mean: mean that training subtracted from images in [0, 1], a value for each channel; None takes that of the
+    num_classes: outputs of the classifier; None: the file's. A number that differs from the file's is an error.
+    input_mean: mean that training subtracted from images in [0, 1], one value for each channel; None: the mean of the
       architecture's published weights.
-    input_std: standard deviation that training divided by, likewise.
-    image_size: height and width in pixels; None takes the architecture's.
+    input_std: standard deviation that training divided by, one value for each channel; None as above.
+    image_size: height and width in pixels; None: the architecture's.
     progress: show a progress bar while downloading.
 
   Returns: the network; its `source` records file name, sha256, URL, format and naming.
 
   Raises:
-    WeightsError: the file cannot be had or read, or does not fit the architecture.
+    WeightsError: the file cannot be found, downloaded or read, or does not fit the architecture.
     KwjaxError: the architecture is unknown, or mean and standard deviation are unusable.
   """
   from kwjax.models import get_model, model_info

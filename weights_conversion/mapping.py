@@ -1,4 +1,4 @@
-"""From a PyTorch state dict to Flax variables: names, layouts and nothing else."""
+"""From a PyTorch state dict to Flax variables: names and layouts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEAVES = {
   ("batch_stats", "mean"): "running_mean",
   ("batch_stats", "var"): "running_var",
 }
-# How many batches BatchNorm has seen: PyTorch counts them, no forward pass uses them.
+# PyTorch's count of BatchNorm batches; no forward pass uses it.
 IGNORED_LEAF = "num_batches_tracked"
 
 
@@ -86,13 +86,13 @@ class Plan(NamedTuple):
 
 
 def make_plan(arch: str, state_dict: Mapping[str, np.ndarray], num_classes: int | None, origin: str) -> Plan:
-  """Choose the naming that most names of the file follow, and read the number of classes off the classifier.
+  """Choose the naming that most names of the file follow, and find the number of classes in the classifier.
 
   Args:
     arch: name in `kwjax.models`.
     state_dict: arrays by source name.
-    num_classes: the number to insist on, or None for whatever the file has.
-    origin: what messages call the weights.
+    num_classes: the required number, or None for the file's.
+    origin: name of the weights in messages.
 
   Raises:
     WeightsError: the classifier has another number of classes than asked for.
@@ -131,8 +131,8 @@ def to_flax(
   Args:
     arch: name in `kwjax.models`, for example `resnet20`.
     state_dict: arrays by PyTorch name, without a `module.` prefix.
-    num_classes: outputs of the classifier; None takes the file's.
-    origin: what messages call the weights.
+    num_classes: outputs of the classifier; None: the file's.
+    origin: name of the weights in messages.
 
   Returns: `{"params": ..., "batch_stats": ...}`, nested dicts of float32 arrays.
 
@@ -157,7 +157,7 @@ def apply_plan(chosen: Plan, state_dict: Mapping[str, np.ndarray], origin: str) 
   not_real = [name for name in chosen.entries if state_dict[name].dtype.kind not in "fiu"]
   if not_real:
     raise WeightsError(f"{origin} has weights that are no real numbers: {', '.join(not_real)}")
-  with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused by name just below
+  with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused below
     arrays = {name: np.asarray(state_dict[name]).astype(np.float32) for name in chosen.entries}
   variances = [
     name for name, entry in chosen.entries.items() if entry.path[0] == "batch_stats" and entry.path[-1] == "var"

@@ -1,4 +1,4 @@
-"""How other libraries name the layers of our networks: each naming is a rule from a Flax path to a source name.
+"""Names of layers in other libraries. Each naming is a rule from a Flax path to a source name.
 
 A Flax path is the PyTorch module path with runs of numbers joined to the name before them (`layer1_0/conv1` for
 `layer1.0.conv1`) and leading underscores dropped, so the rules below need no list of layers.
@@ -43,7 +43,7 @@ _OWN_PLAIN = {
 
 
 def dotted(path: Path) -> str:
-  """`("layer1_0", "downsample_0")` -> `layer1.0.downsample.0`: the naming rule of the Flax modules, undone."""
+  """`("layer1_0", "downsample_0")` -> `layer1.0.downsample.0`: the inverse of the naming rule of the Flax modules."""
   parts: list[str] = []
   for part in path:
     nested = _NESTED_BLOCK.match(part)  # Wide-ResNet: block1.layer.0 is one Flax module, block1_layer_0
@@ -58,12 +58,12 @@ def _densenet(path: Path) -> str:
 
 
 def _densenet_published(path: Path) -> str:
-  # torchvision's published DenseNet files still say denselayer1.norm.1; its own loader renames them the same way.
+  # torchvision's published DenseNet files have denselayer1.norm.1; its own loader renames them the same way.
   return _DENSE_LAYER.sub(r"\1.\2", _densenet(path))
 
 
 def _shortcut_linear(path: Path) -> str:
-  # The usual CIFAR form of ResNet-18 and 34, written before torchvision's names were everybody's.
+  # The usual CIFAR versions of ResNet-18 and 34, older than torchvision's names.
   return dotted(path).replace("downsample.", "shortcut.").replace("fc", "linear")
 
 

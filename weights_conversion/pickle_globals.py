@@ -1,4 +1,4 @@
-"""The complete list of names a checkpoint's pickle may mention; each becomes inert data, never the real object."""
+"""The complete list of names that a checkpoint's pickle may use. Each becomes inert data, never the real object."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from weights_conversion.tensors import STORAGE_DTYPES, TensorView, make_view
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inert:
-  """Stands for a value that conversion does not need (a NumPy scalar, a device); its arguments are dropped."""
+  """Placeholder for a value that conversion does not need (a NumPy scalar, a device); its arguments are dropped."""
 
   name: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stateful(Inert):
-  """An inert value that keeps its arguments and the states its pickle gives it, plain data, for whoever asked for it."""
+  """An inert value that keeps its arguments and states as plain data."""
 
   args: tuple[Any, ...] = ()
   states: list[Any] = dataclasses.field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Finds the state dict inside a checkpoint, whatever the training script wrapped around it."""
+"""Finds the state dict inside a checkpoint, under any keys that a training script adds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from kwjax.errors import WeightsError
 from weights_conversion.tensors import TensorView
 
-# Where training scripts keep the weights, in order of preference; an average of the weights where nothing else is.
+# Keys under which training scripts keep the weights, in order of preference; averaged weights last.
 NESTED_KEYS = (
   "state_dict",
   "model_state_dict",
@@ -32,7 +32,7 @@ def find_state_dict(data: Any) -> tuple[dict[str, TensorView], tuple[str, ...]]:
   """The tensors of a checkpoint and the keys that led to them.
 
   Args:
-    data: what the pickle holds: the state dict itself, or a dict with the state dict under a usual or a single key.
+    data: content of the pickle: the state dict, or a dict that holds it under a usual or a single key.
 
   Raises:
     WeightsError: there is no state dict, more than one candidate, or an entry of it is no tensor.
@@ -71,7 +71,7 @@ def _has_tensors(value: Any) -> bool:
 
 
 def strip_prefixes(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]:
-  """Remove what DataParallel, torch.compile and wrappers put before every name; also returns what was removed."""
+  """Remove the prefix that DataParallel, torch.compile and wrappers add to every name; also returns the prefix."""
   kept = {name: value for name, value in arrays.items() if name != "n_averaged"}  # a counter of AveragedModel
   removed = ""
   while kept:

@@ -1,4 +1,4 @@
-"""Tensors and storages as a checkpoint describes them: plain records, made into arrays only after bounds checks."""
+"""Tensors and storages as described in a checkpoint: plain records that become arrays after bounds checks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from kwjax.errors import WeightsError
 
 MAX_RANK = 16
-# Views may repeat bytes of their storage (expanded tensors), real state dicts hardly do: a file whose tensors would
-# need far more memory than it holds bytes is an attack or damaged.
+# Views can repeat bytes of their storage (expanded tensors), but real state dicts rarely do. A file whose tensors need far
+# more memory than its size is an attack or damaged.
 MAX_EXPANSION = 16
 MIN_BUDGET_BYTES = 1 << 26
 

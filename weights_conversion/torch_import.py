@@ -1,4 +1,4 @@
-"""Reads PyTorch and safetensors weight files into NumPy arrays, without PyTorch and without running code of theirs."""
+"""Reads PyTorch and safetensors weight files into NumPy arrays, without PyTorch and without running their code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SAFETENSORS_DTYPES = {
   "U8": "u1",
   "BOOL": "?",
 }
-# What zipfile raises on damaged archives, beside its own error.
+# Errors of zipfile on damaged archives, besides its own.
 _ZIP_ERRORS = (
   zipfile.BadZipFile,
   zipfile.LargeZipFile,
@@ -51,11 +51,11 @@ _ZIP_ERRORS = (
 
 
 class Weights(NamedTuple):
-  """A state dict with what was found around it.
+  """A state dict and its context in the file.
 
   Attributes:
     arrays: `{"layer1.0.conv1.weight": array}`, prefixes such as `module.` removed.
-    prefix: what was removed from the front of every name, for example `module.`.
+    prefix: removed from the front of every name, for example `module.`.
     format: `torch zip`, `torch legacy` or `safetensors`.
     nested_under: keys that led to the state dict, for example `("state_dict",)`.
   """
@@ -69,7 +69,7 @@ class Weights(NamedTuple):
 def load_torch_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   """The state dict in a `.pth`, `.th`, `.pth.tar`, `.pt` or `.safetensors` file, as NumPy arrays.
 
-  The format is told by content, not by file name. A state dict nested under `state_dict`, `model`, `ema`, ... is found,
+  The content decides the format, not the file name. A state dict nested under `state_dict`, `model`, `ema`, ... is found,
   and a common prefix such as `module.` is removed.
 
   Args:
@@ -78,8 +78,8 @@ def load_torch_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]
   Returns: arrays by name, in PyTorch's layout; bfloat16 as float32, every other type as stored.
 
   Raises:
-    WeightsError: naming the file: unreadable, damaged, cut off, not a weight file, or its pickle asks for a name that a
-      state dict does not need (nothing of it is run).
+    WeightsError: the file is unreadable, damaged, cut off or not a weight file, or its pickle uses a name that a state
+      dict does not need. Nothing in the file is run.
   """
   return read_weights(path).arrays
 
@@ -115,7 +115,7 @@ def _read(path: pathlib.Path, file: BinaryIO) -> Weights:
     raise WeightsError("the file is empty")
   if head.startswith(b"PK\x03\x04"):
     return _read_zip(file, size)
-  if head[8:9] == b"{":  # before the next: a header length may begin with the byte that begins a pickle
+  if head[8:9] == b"{":  # before the next: a header length can begin with the first byte of a pickle
     return _read_safetensors(file)
   if head[:1] == b"\x80":
     return _read_legacy(file, size)

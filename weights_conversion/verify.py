@@ -1,4 +1,4 @@
-"""Compares a state dict with what a network needs; all differences are reported at once, by the source's names."""
+"""Compares a state dict with the arrays of a network and reports all differences at once, by the source's names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_names(expected: Mapping[str, Shape], found: Mapping[str, Shape], origi
   Args:
     expected: shapes by source name, in the source's layout.
     found: shapes by source name.
-    origin: what the message calls the weights, for example `resnet.pth as resnet18`.
+    origin: name of the weights in the message, for example `resnet.pth as resnet18`.
 
   Raises:
     WeightsError: one sentence that lists every missing, unexpected and misshapen name with its shapes.
@@ -61,7 +61,7 @@ def check_values(arrays: Mapping[str, np.ndarray], variances: Sequence[str], ori
   Args:
     arrays: float32 arrays by source name.
     variances: the names among them that are running variances.
-    origin: what the message calls the weights.
+    origin: name of the weights in the message.
 
   Raises:
     WeightsError: naming every bad array with the number of bad values.

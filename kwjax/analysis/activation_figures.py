@@ -1,4 +1,4 @@
-"""Activations by layer: distributions as small multiples, numbers over the depth."""
+"""Figures of activations by layer: distributions in panels, and values over the depth."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FILLED = "#d0d0d0"
 
 
 def some_layers(layers: Sequence[str], most: int = 12) -> list[str]:
-  """At most so many of the layers, spread evenly from the first to the last."""
+  """At most this many layers, spread evenly from the first to the last."""
   chosen = np.unique(np.linspace(0, len(layers) - 1, min(most, len(layers))).round().astype(int))
   return [layers[index] for index in chosen]
 
@@ -32,15 +32,15 @@ def distribution_panels(
   xlabel: str = "",
   title: str = "",
 ) -> pathlib.Path:
-  """One panel a layer, with the histograms of several data sets as densities.
+  """One panel for each layer, with the histograms of several data sets as densities.
 
   Args:
-    panels: layer -> {name: counts [n + 2]}: of what lies below the bins, of each bin, of what lies above. A name has the same
-      colour in every panel.
+    panels: layer -> {name: counts [n + 2]}: below the bins, in each bin, above the bins. A name has the same colour in every
+      panel.
     edges: f[n + 1], of the bins.
-    path: the PNG to write.
-    filled: name of the data set to compare the others with, drawn as a grey area; or None.
-    xlabel: what is counted, with its unit.
+    path: of the PNG file.
+    filled: name of the reference data set, drawn as a grey area; or None.
+    xlabel: the quantity and its unit.
     title: above all panels.
 
   Returns:
@@ -85,12 +85,12 @@ def distribution_panels(
 
 
 class DepthCurve(NamedTuple):
-  """A number of every layer.
+  """One value for every layer.
 
   Attributes:
-    values: [layers], in execution order; what is not positive leaves a gap.
-    colour: curves of one colour belong together; a small whole number.
-    dashed: tells two of one colour apart.
+    values: [layers], in execution order; a value that is not positive leaves a gap.
+    colour: small whole number, shared by curves that belong together.
+    dashed: distinguishes two curves of one colour.
   """
 
   values: Any
@@ -99,11 +99,11 @@ class DepthCurve(NamedTuple):
 
 
 def depth_curves(panels: Mapping[str, Mapping[str, DepthCurve]], path: PathLike) -> pathlib.Path:
-  """Numbers of every layer over the depth of a network, on logarithmic axes side by side.
+  """Values of every layer over the depth of a network, on logarithmic axes side by side.
 
   Args:
-    panels: name and unit of a number -> {name: curve}.
-    path: the PNG to write.
+    panels: name and unit of a quantity -> {name: curve}.
+    path: of the PNG file.
 
   Returns:
     `path`.
@@ -131,7 +131,7 @@ def depth_curves(panels: Mapping[str, Mapping[str, DepthCurve]], path: PathLike)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     if axes.get_ylim()[1] < 20 * axes.get_ylim()[0]:
-      # Of little more than a decade: powers of ten alone would leave the axis with one number.
+      # Over about one decade, ticks at powers of ten would be one number.
       axes.yaxis.set_minor_locator(LogLocator(subs=(1.2, 1.5, 2, 3, 4, 5, 6, 7, 8)))
       axes.yaxis.set_minor_formatter("{x:g}")
       axes.tick_params(axis="y", which="minor", labelsize=8)

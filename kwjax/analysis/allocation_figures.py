@@ -1,4 +1,4 @@
-"""The picture of a budget of bits: loss or accuracy by size, and which layer got how many bits."""
+"""Figures of bits by layer: loss or accuracy by size, and the bits of each layer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def size_curves(
   size_label: str = "weights (kB)",
   logarithmic: bool = False,
 ) -> pathlib.Path:
-  """What a network is worth by its size, a curve for each way to spend the bits.
+  """Loss or accuracy of a network by its size, one curve for each allocation method.
 
   Args:
     curves: `{name: [(size, value), ...]}`, any order; a value of None or NaN is left out.
-    path: the PNG to write.
-    label: what the values are, with their unit.
-    size_label: what the sizes are, with their unit.
-    logarithmic: whether values are on a logarithmic scale; then those that are not positive are left out.
+    path: of the PNG file.
+    label: name and unit of the values.
+    size_label: name and unit of the sizes.
+    logarithmic: whether the scale of the values is logarithmic; values that are not positive are then left out.
 
   Returns:
     `path`.
@@ -55,8 +55,8 @@ def bits_by_layer(bits: Mapping[str, tuple[int | None, int | None]], path: PathL
   """Bits of weights and of inputs of every layer, in execution order.
 
   Args:
-    bits: `{layer: (weights, activations)}`; None stands for float and is left out.
-    path: the PNG to write.
+    bits: `{layer: (weights, activations)}`; None means float and is left out.
+    path: of the PNG file.
 
   Returns:
     `path`.

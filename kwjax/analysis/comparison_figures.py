@@ -1,4 +1,4 @@
-"""Pictures that compare data sets: a heat map of numbers, and ROC curves."""
+"""Figures that compare data sets: heat maps and ROC curves."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from kwjax.analysis.drawing import DPI, GREY, Figure, LogNorm, colour_of, plain_
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike
 
-_DARK = 0.55  # share of the colour scale above which text on it is white
+_DARK = 0.55  # share of the colour scale above which text is white
 
 
 def heat_map(
   values: Any, rows: Sequence[str], columns: Sequence[str], path: PathLike, *, label: str = ""
 ) -> pathlib.Path:
-  """Positive numbers as colours on a logarithmic scale, each written into its field.
+  """A heat map of positive numbers on a logarithmic scale, with each number in its field.
 
   Args:
-    values: [r,c]; what is not positive and finite is shown as not measured.
+    values: [r,c]; values that are not positive and finite are shown as not measured.
     rows: r names.
     columns: c names.
-    path: the PNG to write.
-    label: what the numbers are, with their unit.
+    path: of the PNG file.
+    label: name and unit of the numbers.
 
   Returns:
     `path`.
 
   Raises:
-    KwjaxError: no value is positive and finite, or the names are not as many as the values.
+    KwjaxError: no value is positive and finite, or the number of names differs from the values.
   """
   found = np.array([[np.nan if value is None else value for value in row] for row in values], float)
   if found.shape != (len(rows), len(columns)):
@@ -58,7 +58,7 @@ def heat_map(
   axes.set_yticks(range(len(rows)), [plain_text(name) for name in rows], fontsize=9)
   axes.spines[:].set_visible(False)
   axes.tick_params(length=0)
-  # Powers of ten alone would often be one tick, or none.
+  # Ticks at powers of ten would often be one or none.
   bar = figure.colorbar(image, ax=axes, label=plain_text(label), pad=0.02)
   bar.set_ticks(list(np.geomspace(low, max(high, 1.01 * low), 5)))
   bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
@@ -86,12 +86,12 @@ def roc_curve(scores_in: Any, scores_out: Any) -> tuple[np.ndarray, np.ndarray]:
 def roc_panels(
   panels: Mapping[str, Mapping[str, tuple[Any, Any]]], path: PathLike, *, columns: int = 4
 ) -> pathlib.Path:
-  """ROC curves, a panel for each set of outside images and a colour for each score, with the areas.
+  """ROC curves with their areas: one panel for each outside set and one colour for each score.
 
   Args:
     panels: outside set -> {score: (scores of inside images [m], scores of outside images [n])}.
-    path: the PNG to write.
-    columns: panels a row.
+    path: of the PNG file.
+    columns: panels in a row.
 
   Returns:
     `path`.
@@ -99,7 +99,7 @@ def roc_panels(
   Raises:
     KwjaxError: there are no curves.
   """
-  # The fullest panel first: it has the order that the others leave names out of.
+  # The fullest panel first: it has all names in order.
   names = list(dict.fromkeys(name for curves in sorted(panels.values(), key=len, reverse=True) for name in curves))
   if not names:
     raise KwjaxError("roc_panels: no curves")
@@ -122,7 +122,7 @@ def roc_panels(
     axes.set_aspect("equal")
     axes.set_xticks([0, 0.5, 1])
     axes.set_yticks([0, 0.5, 1])
-    # A panel above an empty place has no other labels.
+    # A panel above an empty place needs its own labels.
     axes.tick_params(labelbottom=True)
   for axes in grid[len(panels) :]:
     axes.set_visible(False)

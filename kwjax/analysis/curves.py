@@ -52,7 +52,7 @@ def curve_panels(panels: Sequence[CurvePanel], path: PathLike) -> pathlib.Path:
 
   Args:
     panels: from left to right.
-    path: the PNG to write.
+    path: of the PNG file.
 
   Returns:
     `path`.

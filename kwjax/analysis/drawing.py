@@ -1,4 +1,4 @@
-"""What all figures share: colours, plain axes, and a PNG that is the same file when it is made again."""
+"""Shared parts of all figures: colours, plain axes, and a PNG that is bit-identical for the same data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator as MaxNLocator  # noqa: E402
 from matplotlib.ticker import NullFormatter as NullFormatter  # noqa: E402
 
 DPI = 144
-# Okabe and Ito's colours, told apart by every kind of colour vision.
+# Okabe and Ito's colours, distinct for every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#666666"
 
@@ -35,7 +35,7 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def plain_axes(axes: Axes) -> Axes:
-  """The axes without a frame, with a faint grid for the heights."""
+  """Axes without a frame, with a faint horizontal grid."""
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(axis="y", color="#dddddd", linewidth=0.6)
   axes.set_axisbelow(True)
@@ -43,7 +43,7 @@ def plain_axes(axes: Axes) -> Axes:
 
 
 def save_figure(figure: Figure, path: PathLike, dpi: int = DPI) -> pathlib.Path:
-  """Write a figure as PNG; the folder is made where there is none.
+  """Write a figure as PNG; a missing folder is made.
 
   Raises:
     KwjaxError: the file cannot be written.
@@ -59,10 +59,10 @@ def save_figure(figure: Figure, path: PathLike, dpi: int = DPI) -> pathlib.Path:
 
 
 def colour_of(index: int) -> str:
-  """Colour of the so-manieth curve; they begin anew after seven."""
+  """Colour of a curve by its index; they repeat after seven."""
   return COLOURS[index % len(COLOURS)]
 
 
 def plain_text(text: str) -> str:
-  """Text as it stands: dollar signs would start matplotlib's formulas."""
+  """Text with escaped dollar signs, which would start matplotlib's formulas."""
   return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Pictures of a run: image grids, J_KL curves, divergence by layer, accuracy; each writes one PNG."""
+"""Figures of a run: image grids, J_KL curves, divergence by layer, accuracy. Each writes one PNG."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def image_grid(
   tile: int = 96,
   gap: int = 4,
 ) -> pathlib.Path:
-  """Images side by side, row by row; small ones enlarged by a whole factor, so that each pixel stays a sharp square.
+  """A grid of images. Small images are enlarged by a whole factor, so that each pixel stays a sharp square.
 
   Args:
-    images: [n,h,w,c], c 1 or 3; floats in [0, 1] (what lies outside is clipped) or uint8.
-    path: the PNG to write.
+    images: [n,h,w,c], c 1 or 3; floats in [0, 1] (others are clipped) or uint8.
+    path: of the PNG file.
     titles: a short text above each image; length n.
-    columns: images a row; by default as square as possible.
+    columns: images in a row; default: as square as possible.
     tile: enlarge until an image is about this many pixels high; larger images keep their size.
     gap: pixels between images.
 
@@ -37,7 +37,7 @@ def image_grid(
     `path`.
 
   Raises:
-    KwjaxError: the arrays do not have that form.
+    KwjaxError: the arrays have another form.
   """
   pixels = np.asarray(images)
   if pixels.ndim != 4 or not len(pixels) or pixels.shape[3] not in (1, 3):
@@ -74,11 +74,11 @@ def image_grid(
 def jkl_curve(
   curves: Mapping[str, tuple[Any, Any]], path: PathLike, *, references: Mapping[str, float] | None = None
 ) -> pathlib.Path:
-  """J_KL over the optimisation steps, on a logarithmic axis.
+  """J_KL over the optimization steps, on a logarithmic axis.
 
   Args:
     curves: name -> (steps [t], J_KL [t] in nats); values that are not positive and finite leave a gap.
-    path: the PNG to write.
+    path: of the PNG file.
     references: name -> J_KL of other data (real images, noise), drawn as dashed lines.
 
   Returns:
@@ -99,7 +99,7 @@ def jkl_curve(
     axes.plot(x, np.where(good, y, np.nan), color=colour_of(i), label=plain_text(name), marker=marker, linewidth=1.6)
     if good.any():
       last = np.flatnonzero(good)[-1]
-      # On white: a reference line at the same height would strike the number out.
+      # On white: a reference line at the same height would cross the number.
       white = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
       axes.annotate(
         f"{y[last]:.3g}",
@@ -137,8 +137,8 @@ def layer_bars(divergences: Mapping[str, Mapping[str, float]], path: PathLike, *
 
   Args:
     divergences: data set -> {layer: divergence in nats}; all with the same layers, in execution order.
-    path: the PNG to write.
-    worst: how many of the worst layers of the first data set are listed by name; up to 24 layers are all named instead.
+    path: of the PNG file.
+    worst: number of the worst layers of the first data set to list by name; up to 24 layers are all named instead.
 
   Returns:
     `path`.
@@ -174,7 +174,7 @@ def layer_bars(divergences: Mapping[str, Mapping[str, float]], path: PathLike, *
     axes.set_xlabel("layer, in execution order")
     listing = "\n".join(f"{positions[i]}  {_short(layers[i])}  {_number(first[i])}" for i in order)
     title = f"worst layers, {sets[0]}:\n" if len(sets) > 1 else "worst layers:\n"
-    # Beside the axes, so that it hides no bar whatever their heights.
+    # Beside the axes, so that it hides no bar.
     axes.text(1.01, 1, plain_text(title + listing), transform=axes.transAxes, va="top", fontsize=8, linespacing=1.5)
   if len(sets) > 1 or not named:
     axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
@@ -193,7 +193,7 @@ def accuracy_bars(
   Args:
     accuracies: bits -> {data source: (value, low, high)}, fractions in [0, 1]; low and high are the ends of the error
       bar. None, or an absent source, is labelled as not measured.
-    path: the PNG to write.
+    path: of the PNG file.
     reference: the float network's value, drawn as a dashed line.
     ylabel: name of the axis.
 
@@ -219,7 +219,7 @@ def accuracy_bars(
         raise KwjaxError(f"accuracy_bars: {bits}, {source}: expected 0 <= low <= value <= high <= 1, found {found}")
       errors = [[100 * (value - low)], [100 * (high - value)]]
       axes.bar(x, 100 * value, width * 0.94, color=colour_of(i), yerr=errors, ecolor="#333333", capsize=2)
-      # At the foot, where neither the error bar nor the reference line runs through it.
+      # At the foot, clear of the error bar and the reference line.
       inside = value > 0.1
       place, colour = (1.5, "white") if inside else (100 * high + 1, "black")
       axes.text(x, place, f"{100 * value:.1f}", ha="center", va="bottom", fontsize=8, color=colour)
@@ -236,5 +236,5 @@ def accuracy_bars(
 
 
 def _short(layer: str, length: int = 34) -> str:
-  """Long layer paths keep their end, which tells them apart."""
+  """A layer path shortened to its end, which distinguishes it."""
   return layer if len(layer) <= length else "…" + layer[1 - length :]

@@ -1,4 +1,4 @@
-"""Pictures that compare schemes: panels of images, classes sorted by mass, shares against a number."""
+"""Figures that compare schemes: panels of images, class mass, shares against a number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kwjax.runtime.files import PathLike
 
 
 class Panel(NamedTuple):
-  """Some images with words around them.
+  """Images with a title and a caption.
 
   Attributes:
     title: above.
@@ -33,11 +33,11 @@ class Panel(NamedTuple):
 def image_panels(
   panels: Sequence[Panel], path: PathLike, *, images_a_row: int, panels_a_row: int = 2, tile: int = 64
 ) -> pathlib.Path:
-  """Grids of images side by side, each with its title and caption, pixels as sharp squares.
+  """Grids of images side by side, each with its title and caption. Pixels are sharp squares.
 
   Args:
     panels: all with images of one shape.
-    path: the PNG to write.
+    path: of the PNG file.
     images_a_row: images in a row of a panel.
     panels_a_row: panels in a row of the figure.
     tile: enlarge, by a whole factor, until an image is about this many pixels high; larger ones keep their size.
@@ -93,12 +93,12 @@ def _mosaic(images: np.ndarray, columns: int, factor: int, gap: int) -> np.ndarr
 
 
 def class_mass_curves(panels: Mapping[str, Mapping[str, Any]], path: PathLike) -> pathlib.Path:
-  """Mass of every class, sorted from the most to the least predicted: flat for a network without preferences.
+  """Mass of every class, from the most to the least predicted: flat for balanced predictions.
 
   Args:
-    panels: title -> {name: f[k], shares that sum to 1}; on a logarithmic axis where there are more than 30 classes, on
-      which a mass of zero leaves the curve where it ends.
-    path: the PNG to write.
+    panels: title -> {name: f[k], shares that sum to 1}. With more than 30 classes the axis is logarithmic, and the curve
+      ends where the mass is zero.
+    path: of the PNG file.
 
   Returns:
     `path`.
@@ -141,12 +141,12 @@ def class_mass_curves(panels: Mapping[str, Mapping[str, Any]], path: PathLike) -
 def share_curves(
   panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: PathLike, *, xlabel: str
 ) -> pathlib.Path:
-  """Shares in per cent against a number, on a logarithmic axis of numbers; a panel for each measure.
+  """Shares in per cent against a number on a logarithmic axis; one panel for each measure.
 
   Args:
     panels: title -> {name: [(number > 0, share in [0, 1])]}.
-    path: the PNG to write.
-    xlabel: what the numbers are.
+    path: of the PNG file.
+    xlabel: name of the number.
 
   Returns:
     `path`.
@@ -190,7 +190,7 @@ def share_curves(
 
 
 def _width(place: int) -> float:
-  """Line width of the so-manieth curve: of curves that coincide, each shows below the next."""
+  """Line width of a curve by its index; curves that coincide stay visible below the next one."""
   return max(1.0, 3.0 - 0.5 * place)
 
 

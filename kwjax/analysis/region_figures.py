@@ -18,13 +18,13 @@ _DPI = 100
 
 
 class RegionPanel(NamedTuple):
-  """What one network sees in a square of the plane.
+  """Predictions of one network in a square of the plane.
 
   Attributes:
     title: above.
     classes: i[g,g] in 0..6, at the centres of g x g cells, from below and from the left.
-    points: f[n,2], drawn on top; what lies outside is left out.
-    labels: i[n], classes of the points, or None: all in one colour.
+    points: f[n,2], drawn on top; points outside are left out.
+    labels: i[n], classes of the points, or None: one colour for all.
     ylabel: beside the panel.
   """
 
@@ -42,15 +42,15 @@ def region_panels(
 
   Args:
     panels: row by row; None leaves a place empty.
-    path: the PNG to write.
-    half_side: the square reaches from -half_side to half_side in both directions.
-    columns: panels a row.
+    path: of the PNG file.
+    half_side: the square is [-half_side, half_side] in both directions.
+    columns: panels in a row.
 
   Returns:
     `path`.
 
   Raises:
-    KwjaxError: there are no panels, or the classes of one are no square.
+    KwjaxError: there are no panels, or the classes of a panel are not square.
   """
   if not any(panel is not None for panel in panels):
     raise KwjaxError("region_panels: no panels")
@@ -82,5 +82,5 @@ def region_panels(
     axes.set_yticks([])
     axes.set_title(plain_text(panel.title), fontsize=8)
     axes.set_ylabel(plain_text(panel.ylabel), fontsize=10)
-  # Flat colours stay clear at fewer pixels, and twenty panels small enough to be kept.
+  # Flat colours stay clear with fewer pixels, and the file with twenty panels stays small.
   return save_figure(figure, path, dpi=_DPI)

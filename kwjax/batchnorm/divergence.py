@@ -22,7 +22,7 @@ def gaussian_kl(reference: Moments, measured: Moments, *, eps: float = 1e-8) -> 
   with the reference $\hat\mu, \hat\sigma$ and the measured $\tilde\mu, \tilde\sigma$.
 
   Args:
-    reference: moments f32[c]; a variance of zero is read as eps, so that a dead channel does not make the sum infinite.
+    reference: moments f32[c]. A variance below eps counts as eps, so a dead channel gives a finite divergence.
     measured: moments f32[c].
     eps: added to the measured variance.
 
@@ -34,10 +34,10 @@ def gaussian_kl(reference: Moments, measured: Moments, *, eps: float = 1e-8) -> 
 
 
 def log_gaussian_kl(reference: Moments, measured: Moments) -> Array:
-  """log(1 + KL) per channel: the Gaussian KL where it is small, and bounded influence of the channels where it is not.
+  """log(1 + KL) for each channel: close to the KL where that is small, with a bounded influence of large ones; f32[c].
 
-  Behind a ReLU6 some channels fire for few images. On other images their measured variance is zero and the KL of that one
-  channel is of order 1e5, more than all others together; its gradient is divided by 1 + KL here.
+  Behind a ReLU6 some channels fire on few images only. On other images their measured variance is zero and their KL of
+  order 1e5, more than all other channels together. The logarithm divides its gradient by 1 + KL.
   """
   return jnp.log1p(jnp.maximum(gaussian_kl(reference, measured), 0.0))
 
@@ -98,17 +98,17 @@ def bns_loss(
   divergence: Divergence = gaussian_kl,
   channel_sum: bool = False,
 ) -> Array:
-  r"""J: mean over layers of the mean over channels of the divergence, Eq. (2)-(3) of Haroush et al. (2020).
+  r"""J_KL: mean over layers of the mean over channels of the divergence, Eq. (2)-(3) of Haroush et al. (2020).
 
-  $J = \frac1N \sum_l \frac1{C_l} \sum_c D(\hat\mu_{lc}, \hat\sigma_{lc}; \tilde\mu_{lc}, \tilde\sigma_{lc})$
+  $J_{KL} = \frac1N \sum_l \frac1{C_l} \sum_c D(\hat\mu_{lc}, \hat\sigma_{lc}; \tilde\mu_{lc}, \tilde\sigma_{lc})$
 
-  The paper leaves the reduction inside a layer open; the mean alone reproduces the magnitude of its published scores.
+  The paper does not state the reduction inside a layer. Only the mean gives scores of the published magnitude.
 
   Args:
-    reference: `{layer: Moments f32[c]}`; its layers are the ones counted.
+    reference: `{layer: Moments f32[c]}`; these layers count.
     measured: the same layers, of a batch or of a data set.
     divergence: gaussian_kl, or a form of another method.
-    channel_sum: sum over the channels of a layer instead.
+    channel_sum: sum over the channels of a layer instead of the mean.
 
   Returns:
     f32[].

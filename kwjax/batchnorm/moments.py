@@ -19,10 +19,10 @@ _FEW = 4  # channels
 
 
 class Moments(NamedTuple):
-  """Per channel moments; always: biased variance (divided by n), float32.
+  """Mean and variance of each channel. Invariant: biased variance (divided by n), float32.
 
-  PyTorch's running variance is the unbiased one (divided by n - 1). It is taken as it is: at the thousands of pixels that
-  a BatchNorm layer averages over, the factor n / (n - 1) is far below the statistics' own noise.
+  PyTorch's running variance is unbiased (divided by n - 1). It is used unchanged: a BatchNorm layer averages over
+  thousands of pixels, so the factor n / (n - 1) is far below the noise of the statistics.
   """
 
   mean: Array
@@ -40,16 +40,16 @@ def batch_moments(
   """Biased moments of x over all axes but the feature axis, in float32.
 
   mean = E[x],  var = E[(x - mean)^2], with E[f] = sum_i w_i f_i / sum_i w_i. Over devices or with weights
-  var = E[(x - s)^2] - (E[x] - s)^2, with s the shift: near the true mean it loses no digits (with s = 0
-  the variance is wrong by 2e-3 at mean 10 and standard deviation 0.1), and one collective a layer is enough.
+  var = E[(x - s)^2] - (E[x] - s)^2, with s the shift. One collective for each layer is then enough. A shift near the
+  mean keeps all digits; with s = 0 the variance would lose them where the mean is large.
 
   Args:
     x: activations, any float type, feature axis of size c.
     feature_axis: the axis that is kept.
     shift: f32[c], a constant near the mean, such as the running mean; no gradient flows to it. Default zero.
-    axis_name: mapped axis; moments are over all its devices, which without weights hold equal shares of the batch.
-    weights: f32[b] >= 0 along the first axis of x (the feature axis aside): 1 counts, 0 is padding, which must be finite
-      all the same. None: all count. Where all weights on all devices are zero, the mean is the shift and the variance 0.
+    axis_name: mapped axis; the moments are over all its devices. Without weights, devices hold equal shares.
+    weights: f32[b] >= 0 along the first axis of x: 1 counts, 0 is padding, which must be finite. None: all count. If all
+      weights are zero, the mean is the shift and the variance 0.
 
   Returns:
     Moments f32[c].
@@ -66,7 +66,7 @@ def batch_moments(
       first, second = lax.pmean(jnp.stack([first, second]), axis_name)
   else:
     first, second = _weighted_means(x - s, jnp.asarray(weights, jnp.float32), axis_name)
-  # Rounding can leave a constant channel slightly below zero, and log() of that is NaN.
+  # Rounding can make the variance of a constant channel negative, and its log() NaN.
   return Moments(s + first, jnp.maximum(second - jnp.square(first), 0.0))
 
 
@@ -75,7 +75,7 @@ def _two_pass(x: Array) -> tuple[Array, Array]:
   """Mean and biased variance f32[c] of f32[...,c]: E[x], then E[(x - E[x])^2]."""
   axes = tuple(range(x.ndim - 1))
   if x.ndim > 2 and x.shape[-1] <= _FEW:
-    # Three neighbours in memory fill no vector: sums along lines of pixels first, each pixel's channels side by side.
+    # Three channels do not fill a vector register: sum along lines of pixels first.
     pixels, channels = x.shape[-2:]
     lines = x.reshape(*x.shape[:-2], -1)
     mean = jnp.mean(jnp.mean(lines, axes[:-1]).reshape(pixels, channels), 0)
@@ -87,10 +87,9 @@ def _two_pass(x: Array) -> tuple[Array, Array]:
 
 @_two_pass.defjvp
 def _two_pass_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-  """Tangents E[dx] and 2 E[(x - mean) dx]: what the mean adds to the variance's derivative is zero, and is left out.
+  """Tangents E[dx] and 2 E[(x - mean) dx]. The mean's part in the variance's derivative is zero.
 
-  2 x - 2 mean is 2 (x - mean) to the last bit, but another array to XLA, which else writes x - mean to memory in the forward
-  pass because it has two uses, and reads it back for the variance: 7 % of a step of MobileNetV2.
+  2 x - 2 mean equals 2 (x - mean) bit for bit. XLA sees a separate array and does not store x - mean in the forward pass.
   """
   (x,), (dx,) = primals, tangents
   axes = tuple(range(x.ndim - 1))
@@ -107,9 +106,9 @@ def _mean_square(x: Array, shift: Array) -> Array:
 
 @_mean_square.defjvp
 def _mean_square_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-  """The tangent 2 E[(x - s) (dx - ds)], of 2 x - 2 s for the reason that `_two_pass_jvp` gives.
+  """The tangent 2 E[(x - s) (dx - ds)], written with 2 x - 2 s for the reason in `_two_pass_jvp`.
 
-  x + (-s) would not do: for a constant s that is how XLA writes x - s.
+  x + (-s) has no effect: XLA writes x - s so for a constant s.
   """
   (x, shift), (dx, dshift) = primals, tangents
   axes = tuple(range(x.ndim - 1))
@@ -133,12 +132,12 @@ def _weighted_means(centred: Array, weights: Array, axis_name: str | None) -> Ar
 def over_devices(
   moments: Mapping[str, Moments], axis_name: str | None, *, share: Array | None = None
 ) -> dict[str, Moments]:
-  """Moments of all devices' samples from each device's own: two collectives, however many layers there are.
+  """Moments over all devices from the moments of each device, in two collectives for any number of layers.
 
   mean = sum_d a_d mean_d,  var = sum_d a_d (var_d + (mean_d - mean)^2), with a_d the device's share of the samples.
 
   Args:
-    moments: `{layer: Moments}` of this device; those that are over all devices already stay as they are.
+    moments: `{layer: Moments}` of this device; moments that are over all devices already stay unchanged.
     axis_name: mapped axis, or None on one device.
     share: f32[], a_d of `kwjax.runtime.parallel.weight_share`; None: 1 / D.
 
@@ -167,7 +166,7 @@ def pool(parts: Sequence[Moments]) -> Moments:
 
 
 class Pooled(NamedTuple):
-  """Moments of a stream so far, float64 on the host, and the number of samples behind them."""
+  """Moments of a stream so far, float64 on the host, and its number of samples."""
 
   samples: float
   mean: np.ndarray
@@ -181,9 +180,9 @@ def merge(total: Pooled | None, batch: Moments, count: float) -> Pooled:
   var = (n_a var_a + n_b var_b) / n + delta^2 n_a n_b / n^2.
 
   Args:
-    total: what was seen so far, or None.
+    total: the stream so far, or None.
     batch: moments of the batch, [c].
-    count: number of samples behind them (images will do: every image has the same number of pixels).
+    count: number of its samples. Images work too, as each has the same number of pixels.
   """
   mean, var = np.asarray(batch.mean, np.float64), np.asarray(batch.var, np.float64)
   if total is None:

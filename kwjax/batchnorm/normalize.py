@@ -1,4 +1,4 @@
-"""BatchNorm's own arithmetic, outside of the layer: with stored moments, and with those of the batch."""
+"""BatchNorm's arithmetic outside the layer, with running statistics or those of the batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kwjax.network import Array
 
 
 def feature_axis(module: nn.BatchNorm) -> int:
-  """The axis that is kept, as the layer states it.
+  """The feature axis of a layer.
 
   Raises:
     KwjaxError: there are several.
@@ -26,20 +26,20 @@ def feature_axis(module: nn.BatchNorm) -> int:
 
 
 def _along_features(module: nn.BatchNorm, x: Array) -> tuple[int, ...]:
-  """The shape with which a value a channel is broadcast to x."""
+  """The shape that broadcasts one value for each channel to x."""
   axis = feature_axis(module) % x.ndim
   return tuple(size if i == axis else 1 for i, size in enumerate(x.shape))
 
 
 def running_moments(module: nn.BatchNorm) -> Moments:
-  """The stored statistics of a bound BatchNorm layer, as they are (PyTorch's variance is the unbiased one); f32[c]."""
+  """The running statistics of a bound BatchNorm layer, unchanged (PyTorch's variance is unbiased); f32[c]."""
   return Moments(module.get_variable("batch_stats", "mean"), module.get_variable("batch_stats", "var"))
 
 
 def normalize(module: nn.BatchNorm, x: Array, moments: Moments, *, of_batch: bool = False) -> Array:
-  """(x - mean) / sqrt(var + eps) * scale + bias with the layer's own eps, scale, bias and result type; like x.
+  """(x - mean) / sqrt(var + eps) * scale + bias with the layer's eps, scale, bias and result type; like x.
 
-  `of_batch` says that the moments have a gradient; the result is the same.
+  `of_batch`: the moments have a gradient. The result is the same.
   """
   shape = _along_features(module, x)
   multiplier = jax.lax.rsqrt(moments.var + module.epsilon)
@@ -65,8 +65,7 @@ def _standardized(x: Array, mean: Array, multiplier: Array) -> Array:
 def _standardized_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
   """The tangent dx m - dmean m + (x - mean) dm.
 
-  x + (-mean) is x - mean to the last bit, but an array of its own to XLA: what it sums for the multiplier's gradient is then
-  made within the sum, where x - mean, which has other uses, would be written to memory first.
+  x + (-mean) equals x - mean bit for bit. XLA sees a separate array and computes it inside the sum, without storing it.
   """
   (x, mean, multiplier), (dx, dmean, dmultiplier) = primals, tangents
   y = _standardized(x, mean, multiplier)

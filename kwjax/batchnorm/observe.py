@@ -1,4 +1,4 @@
-"""Read BatchNorm statistics off a forward pass, and choose which statistics each layer normalizes with."""
+"""Measure BatchNorm statistics in a forward pass, and choose which statistics each layer uses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INPUT = "input"
 """Name of the virtual layer whose statistics are the data set's mean and standard deviation."""
 
 Mode = Literal["running", "current", "frozen"]
-"""running: the stored statistics (evaluation). current: this batch's. frozen: moments the caller hands in."""
+"""running: the running statistics. current: those of the batch. frozen: moments that the caller gives."""
 
 _MOMENTS = "moments"
 _FROZEN = "frozen_moments"
@@ -30,7 +30,7 @@ _WEIGHTS = "image_weights"
 
 
 def matches(layer: str, patterns: Iterable[str]) -> bool:
-  """Whether a layer's path equals one of the patterns or is matched in full by it as a regular expression."""
+  """Whether a layer's path equals a pattern, or a pattern as a regular expression matches all of it."""
   return any(layer == pattern or re.fullmatch(pattern, layer) for pattern in patterns)
 
 
@@ -43,17 +43,16 @@ def observing(
 ) -> ApplyFn:
   """Wrap `apply`: record the moments of every BatchNorm input, and normalize with the chosen statistics.
 
-  Normalization runs here, never in the layer: BatchNorm's own switch is an attribute or an argument that its caller has
-  already fixed. y = (x - mean) / sqrt(var + eps) * scale + bias, with the layer's own eps, scale and bias, in float32.
-  Where the variables come from `weigh`, the moments of the batch are those of the images that count.
+  y = (x - mean) / sqrt(var + eps) * scale + bias, with the layer's eps, scale and bias, in float32. It runs here and not in
+  the layer, whose mode its caller has fixed. If the variables come from `weigh`, the moments of the batch are weighted.
 
   Args:
     apply: what to wrap.
-    axis_name: mapped axis over whose devices the statistics of `current` layers are averaged, one collective a layer.
-      Those of the others are recorded as this device's own: `over_devices` pools all of them at once.
-    current: paths or regular expressions of the layers that use this batch's statistics; "" matches none, ".*" all.
-      Layers that `freeze` attached moments to use those; the others use the running statistics.
-    record_moments: whether to leave moments for `recorded_moments`.
+    axis_name: mapped axis over whose devices the statistics of `current` layers are averaged, one collective for each
+      layer. Other layers record this device's moments; `over_devices` pools all of them at once.
+    current: paths or regular expressions of the layers that use the statistics of the batch; "" matches none, ".*" all.
+      Layers with moments from `freeze` use those. The others use the running statistics.
+    record_moments: whether to store moments for `recorded_moments`.
   """
 
   def handle(module: nn.Module, x: Array, proceed: Callable[[Array], Array]) -> Array:
@@ -81,14 +80,14 @@ def observing(
 
 
 def freeze(variables: Variables, moments: Mapping[str, Moments]) -> Variables:
-  """Attach moments to layers: under `observing` these layers normalize with them, whatever the batch holds.
+  """Attach moments to layers. Under `observing`, these layers normalize with them on any batch.
 
   Args:
     variables: of a network.
     moments: `{layer: Moments}` as `observe` returns them; all parts `path[i]` of a stacked layer, or none.
 
   Raises:
-    KwjaxError: a name is no BatchNorm layer, or a stacked layer is not given in full.
+    KwjaxError: a name is not a BatchNorm layer, or parts of a stacked layer are missing.
   """
   statistics = flax.traverse_util.flatten_dict(dict(variables.get("batch_stats", {})), sep="/")
   parts: dict[str, dict[int, Moments]] = {}
@@ -112,23 +111,23 @@ def freeze(variables: Variables, moments: Mapping[str, Moments]) -> Variables:
 
 
 def weigh(variables: Variables, weights: Array) -> Variables:
-  """Attach weights of images to every BatchNorm layer: under `observing`, batch statistics are weighted means.
+  """Attach image weights to every BatchNorm layer. Under `observing`, statistics of the batch are then weighted means.
 
-  With this a batch of any size can be padded to one that divides over the devices: padding has weight zero. A layer whose
-  leading axis is k times the batch (patches or copies folded into it) gives each image's weight to k consecutive entries,
-  so the axis must run image by image.
+  A batch of any size can thus be padded to one that divides over the devices: padding has weight zero. If a layer's
+  leading axis is k times the batch, as with patches, each weight goes to k consecutive entries. The axis must then run
+  image by image.
 
   Args:
     variables: of a network.
-    weights: f32[v] >= 0 of the images that this device forwards: 1 counts, 0 is padding.
+    weights: f32[v] >= 0 of the images on this device: 1 counts, 0 is padding.
 
   Raises:
-    KwjaxError: (in the forward pass) a layer's leading axis is no multiple of v.
+    KwjaxError: in the forward pass, if a layer's leading axis is no multiple of v.
   """
   weights = jnp.asarray(weights, jnp.float32)
   statistics = flax.traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
   attached = {
-    # All axes of the statistics come first, so that nn.scan slices a stack along whichever axis it keeps its layers.
+    # All axes of the statistics come first, so that nn.scan can slice a stack along any axis.
     "/".join(path[:-1]) or "<top>": jnp.broadcast_to(weights, (*mean.shape, weights.shape[0]))
     for path, mean in statistics.items()
     if path[-1] == "mean"
@@ -137,7 +136,7 @@ def weigh(variables: Variables, weights: Array) -> Variables:
 
 
 def _entry_weights(module: nn.BatchNorm, x: Array) -> Array | None:
-  """Weights f32 of the entries of a layer's leading axis, or None where images have none."""
+  """Weights f32 of the entries of a layer's leading axis, or None without image weights."""
   attached = intercept.provided(module, _WEIGHTS)
   if attached is None:
     return None
@@ -168,7 +167,7 @@ def entry_weights(module: nn.Module, x: Array, weights: Array, *, runs_over_imag
 def recorded_moments(mutated: Variables) -> dict[str, Moments]:
   """Moments that `observing` recorded, `{layer: Moments f32[c]}`; layers under nn.scan are named `path[i]`.
 
-  A layer that was called several times gets the moments of all its inputs together.
+  A layer that was called several times gets the moments over all its inputs.
   """
   found: dict[str, Moments] = {}
   for name, calls in intercept.collect(mutated, _MOMENTS).items():
@@ -186,7 +185,7 @@ def _unstack(name: str, moments: Moments) -> dict[str, Moments]:
 def input_moments(
   images: Array, network: Network, *, axis_name: str | None = None, weights: Array | None = None
 ) -> Moments:
-  """Moments f32[c] of images f32[b,h,w,c] in [0,1] themselves, with weights f32[b] or None: the virtual layer `input`."""
+  """Moments f32[c] of images f32[b,h,w,c] in [0,1], with weights f32[b] or None: the virtual layer `input`."""
   shift = jnp.asarray(network.input_mean, jnp.float32)
   return batch_moments(images, shift=shift, axis_name=axis_name, weights=weights)
 
@@ -200,14 +199,14 @@ def observe(
   include_input: bool = False,
   weights: Array | None = None,
 ) -> tuple[Array, dict[str, Moments]]:
-  """Logits, and the moments of every BatchNorm input, of one batch.
+  """Logits, and the moments of every BatchNorm input, of one batch in evaluation mode.
 
   Args:
     network: any network with `nn.BatchNorm`, float or quantized.
     images: f32[b,h,w,c] in [0,1].
     axis_name: mapped axis over whose devices the moments are taken.
-    current: paths or regular expressions of the layers that normalize with this batch's statistics.
-    include_input: count the images themselves as the layer `input`.
+    current: paths or regular expressions of the layers that use the statistics of the batch.
+    include_input: add the images' own moments as the layer `input`.
     weights: f32[b], 1 for an image that counts and 0 for padding, or None: all count.
 
   Returns:
@@ -215,7 +214,7 @@ def observe(
 
   Raises:
     NoBatchNormError: the network has no BatchNorm.
-    KwjaxError: `current` names no layer, or the leading axis of a layer's input does not fit the weights.
+    KwjaxError: `current` matches no layer, or the leading axis of a layer's input does not fit the weights.
   """
   variables = network.variables if weights is None else weigh(network.variables, weights)
   logits, mutated = observing(network.forward, axis_name=axis_name, current=current)(variables, images)

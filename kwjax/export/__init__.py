@@ -1,4 +1,4 @@
-"""Hand-over to other runtimes: ONNX, StableHLO and safetensors files of quantized and float networks."""
+"""Files for other runtimes: ONNX, StableHLO and safetensors, of quantized and float networks."""
 
 from kwjax.export.onnx_file import OnnxFacts, export_onnx
 from kwjax.export.stablehlo import StablehloFacts, StablehloNetwork, export_stablehlo, load_stablehlo

@@ -1,4 +1,4 @@
-"""Growing an ONNX graph: names, constants, and the order in which an array's axes are stored."""
+"""Builds an ONNX graph: names, constants, and the order in which an array's axes are stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Order = tuple[int, ...]
 
 
 class Emitted(NamedTuple):
-  """An array in the file; always: stored axis i is axis `order[i]` of the channels-last array."""
+  """An array in the file. Invariant: stored axis i is axis `order[i]` of the channels-last array."""
 
   name: str
   order: Order
@@ -31,7 +31,7 @@ class Quantized(NamedTuple):
 
 
 class Builder:
-  """Collects nodes and initializers; it lives as long as one export."""
+  """Collects the nodes and initializers of one export."""
 
   def __init__(self, opset: int) -> None:
     import onnx
@@ -69,7 +69,7 @@ class Builder:
   def emitted(self, node: Node, order: Order | None = None) -> Emitted:
     """The array of a node that was emitted before, stored in the given order (default: as it is).
 
-    Quantized arrays are dequantized for a reader that does not know better.
+    A quantized array is dequantized for a node that reads floats.
     """
     if node not in self._emitted:
       found = self._quantized[node]
@@ -96,7 +96,7 @@ class Builder:
     return found._replace(q=self.ordered(found.q, order, node.scope))
 
   def set(self, node: Node, value: Emitted | Quantized) -> None:
-    """Remember what a node became."""
+    """Store the array that a node became."""
     if isinstance(value, Quantized):
       self._quantized[node] = value
     else:

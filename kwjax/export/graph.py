@@ -1,4 +1,4 @@
-"""A network as a graph of elementary operations on channels-last arrays: what every exporter of a file format reads."""
+"""A network as a graph of elementary operations on channels-last arrays; every exporter reads it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kwjax.quantization.integer import QTensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-  """One operation; always: equal to itself alone, its inputs come before it.
+  """One operation. Invariant: it equals only itself, and its inputs come before it.
 
   Attributes:
     op: name of a JAX primitive, or one of `input`, `weight`, `quantize`, `relu`, `clip`, `affine`, `avg_pool`,
       `reduce_mean`, `expand`.
     inputs: nodes, or constants.
-    shape: of the result; the batch is a symbolic dimension, or a number.
+    shape: of the result; the batch is a symbolic dimension or a number.
     dtype: of the result.
-    attrs: what else the operation needs; parameters of the primitive.
-    scope: the modules it was written in, for names and messages.
+    attrs: parameters of the primitive.
+    scope: path of its module, for names and messages.
   """
 
   op: str
@@ -47,8 +47,8 @@ class Weight(NamedTuple):
   Attributes:
     layer: path of its layer.
     value: f32, what the forward pass multiplies with.
-    integer: the same as integers, or None where it has no such form.
-    reason: why not, or "".
+    integer: the same as integers, or None without an integer form.
+    reason: why it has none, or "".
     bits: of the rule, None for float weights.
   """
 
@@ -60,7 +60,7 @@ class Weight(NamedTuple):
 
 
 def topological(output: Node) -> list[Node]:
-  """All nodes that the output needs, each after its inputs; a network may be deeper than Python's stack."""
+  """All nodes that the output needs, each after its inputs; without recursion, as networks are deep."""
   done: dict[Node, None] = {}
   waiting = [output]
   while waiting:
@@ -74,7 +74,7 @@ def topological(output: Node) -> list[Node]:
 
 
 def consumers(output: Node) -> dict[Node, list[Node]]:
-  """The nodes that read each node; the output itself counts as read by None of them."""
+  """The nodes that read each node; the output also has the reader None."""
   found: dict[Node, list[Node]] = {node: [] for node in topological(output)}
   for node in found:
     for value in node.inputs:
@@ -84,11 +84,11 @@ def consumers(output: Node) -> dict[Node, list[Node]]:
 
 
 def rewrite(output: Node, rule: Callable[[Node, Callable[[Value], bool]], Node]) -> Node:
-  """Rebuild the graph from its inputs on, every node replaced by what `rule` makes of it.
+  """Rebuild the graph from its inputs, with every node replaced by the result of `rule`.
 
   Args:
     output: the last node.
-    rule: `(node with rewritten inputs, is_private) -> node`; `is_private(value)` tells whether one node alone reads it.
+    rule: `(node with rewritten inputs, is_private) -> node`; `is_private(value)` tells whether only one node reads it.
   """
   readers = consumers(output)
   new: dict[Node, Node] = {}
@@ -99,7 +99,7 @@ def rewrite(output: Node, rule: Callable[[Node, Callable[[Value], bool]], Node])
     current = dataclasses.replace(node, inputs=inputs) if changed else node
     found = rule(current, lambda value: isinstance(value, Node) and len(readers[origin[value]]) == 1)
     new[node] = found
-    # The node that stands for several of the old ones has the readers of the last of them.
+    # A node that replaces several old ones has the readers of the last one.
     origin[found] = node
   return new[output]
 

@@ -47,7 +47,7 @@ def gather_as_slices(inputs: Sequence[Value], params: Any, node: Callable[..., N
 
 
 def _progression(values: np.ndarray, rank: int, taken: set[int]) -> tuple[int | None, int, int, int] | None:
-  """`(grid axis or None, first, distance, length)` of positions that change evenly along one axis at most."""
+  """`(grid axis or None, first, distance, length)` of positions that change evenly along at most one axis."""
   free = [axis for axis in range(rank) if axis not in taken]
   for axis in free:
     line = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
@@ -77,7 +77,7 @@ def _assemble(
   if flipped:
     found = node("rev", [found], count, dimensions=tuple(flipped))
   kept = [axis for axis in range(rank) if axis not in numbers.collapsed_slice_dims]
-  # Axes of the result: those of the grid of positions stand where no axis of the array does.
+  # The axes of the grid of positions fill the places that no axis of the array has.
   grid, array = iter(sorted(axis_of_grid)), iter(kept)
   positions = range(len(kept) + len(axis_of_grid))
   result = [next(array) if position in numbers.offset_dims else axis_of_grid[next(grid)] for position in positions]

@@ -1,4 +1,4 @@
-"""From a traced program to a graph: calls are opened, everything that does not depend on the images is computed."""
+"""From a traced program to a graph: calls are inlined, and what does not depend on the images is computed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WINDOWS = "reduce_window_max reduce_window_sum reduce_window_min"
 ELEMENTWISE = frozenset(f"{_ARITHMETIC} {_CHOICES}".split())
 _OTHERS = frozenset(f"{_SHAPES} {_SUMS} {_WINDOWS}".split())
 _IDENTITIES = frozenset({"copy", "copy_p", "stop_gradient", "optimization_barrier", "sharding_constraint"})
-# NumPy computes these at once, where JAX would compile a program for every new shape.
+# In NumPy: JAX would compile a program for every new shape.
 _BY_NUMPY: dict[str, Callable[..., np.ndarray]] = {
   "add": np.add,
   "sub": np.subtract,
@@ -49,7 +49,7 @@ def lower(network: Network | QuantizedNetwork, weights: Mapping[tuple[str, ...],
   Args:
     network: float or quantized.
     weights: of `weights_of`.
-    batch: images at a time, or None for a symbolic number of them.
+    batch: number of images, or None for a symbolic number.
 
   Raises:
     KwjaxError: naming the operation that has no counterpart, and where in the network it is.
@@ -79,7 +79,7 @@ def is_static(shape: Sequence[Any]) -> bool:
 
 
 class _Lowering:
-  """Interprets programs; it has no state but what `run` is given."""
+  """Interprets programs; it has no state besides the arguments of `run`."""
 
   def run(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Value], scope: str) -> list[Value]:
     """What the program returns for given arguments."""
@@ -111,7 +111,7 @@ class _Lowering:
     if name == "kwjax_quantize":
       return [_quantize(inputs, params, scope)]
     if name == "platform_index":
-      # None stands for "any other": the form that is not special to a platform.
+      # None is the form for any other platform.
       return [np.asarray(next(i for i, entry in enumerate(params["platforms"]) if entry is None), np.int32)]
     if name == "cond" and isinstance(inputs[0], np.ndarray):
       branch = params["branches"][int(np.clip(int(inputs[0]), 0, len(params["branches"]) - 1))]
@@ -121,7 +121,7 @@ class _Lowering:
     if name in _IDENTITIES:
       return inputs
     if name == "convert_element_type" and _is_fixed(inputs[0]) and params["new_dtype"] == inputs[0].dtype:
-      return inputs  # a kernel that stays what it is keeps its integers
+      return inputs  # an unchanged kernel keeps its integers
     if not any(isinstance(value, Node) and not _is_fixed(value) for value in inputs):
       found = _evaluate(equation, [_constant(value) for value in inputs], scope)
       if found is not None:
@@ -129,7 +129,7 @@ class _Lowering:
     return _node(name, params, inputs, [v.aval for v in equation.outvars], scope)
 
   def unroll(self, params: Any, inputs: list[Value], scope: str) -> list[Value]:
-    """A scan over layers, written out."""
+    """A scan over layers, unrolled."""
     body, first, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
     consts, carry, stacked = inputs[:first], inputs[first : first + carried], inputs[first + carried :]
     if any(isinstance(value, Node) and value.op != "weight" for value in stacked):
@@ -148,7 +148,7 @@ class _Lowering:
 
 def _stack(values: list[Value], scope: str) -> Value:
   if any(isinstance(value, Node) for value in values):
-    # Nobody may read it; a reader is named.
+    # Allowed if nothing reads it; else the reader is named.
     return Node("scan", tuple(values), (), np.dtype(np.float32), {}, scope)
   return np.stack([np.asarray(value) for value in values])
 
@@ -192,11 +192,11 @@ def _quantize(inputs: list[Value], params: Any, scope: str) -> Node:
 
 
 def _evaluate(equation: Any, inputs: list[np.ndarray], scope: str) -> list[Value] | None:
-  """Results of an operation on constants, or None where its shape follows the batch."""
+  """Results of an operation on constants, or None if its shape depends on the batch."""
   name, outvars = equation.primitive.name, equation.outvars
   if not all(is_static(v.aval.shape) for v in outvars):
     if name == "broadcast_in_dim":
-      # Equal along the batch: size one there says the same to every elementwise reader.
+      # Equal along the batch: size one gives every elementwise reader the same values.
       shape = [1 if export.is_symbolic_dim(n) else n for n in outvars[0].aval.shape]
       return [_broadcast(inputs[0], shape, equation.params["broadcast_dimensions"])]
     return None
@@ -259,6 +259,6 @@ def _piece(node: Callable[..., Node], value: Value, axis: int, start: int, stop:
 
 
 def _without_expansion(inputs: list[Value], aval: Any) -> list[Value]:
-  """Elementwise operations of file formats broadcast by themselves, as long as one input has the full shape."""
+  """Inputs of an elementwise operation. File formats broadcast if one input has the full shape."""
   full = [v for v in inputs if isinstance(v, Node) and v.op != "expand" and tuple(v.shape) == tuple(aval.shape)]
   return [v.inputs[0] if full and isinstance(v, Node) and v.op == "expand" else v for v in inputs]

@@ -20,7 +20,7 @@ from kwjax.network import Network
 from kwjax.quantization.wrap import QuantizedNetwork
 
 OPSETS = (13, 23)
-# The newest file format that a runtime must know for an operator set.
+# File format version for each operator set.
 _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 _LARGEST = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB
 
@@ -33,8 +33,8 @@ class OnnxFacts(NamedTuple):
     size: bytes.
     opset: version of the operator set.
     layers: `{layer: "weights TYPE, ARITHMETIC"}` of every convolution and dense layer in execution order.
-    float_layers: `{layer: why}` of the layers that do not compute in integers; empty for a float network.
-    notes: what a user of the file should know, in sentences.
+    float_layers: `{layer: reason}` of the layers that do not compute in integers; empty for a float network.
+    notes: sentences that a user of the file should read.
   """
 
   path: pathlib.Path
@@ -56,20 +56,20 @@ def export_onnx(
   batch: int | None = None,
   allow_float_weights: bool = False,
 ) -> OnnxFacts:
-  r"""Write a network as an ONNX file that takes images in [0,1], normalisation included, and gives logits.
+  r"""Write a network as an ONNX file from images in [0,1] to logits; the normalization is in the file.
 
-  Every quantized activation is `(q - zero) * scale` with q uint8, scale and zero point one a tensor; every quantized kernel
-  the same with one scale an output channel. BatchNorm behind a convolution is folded: $s_c' = s_c |\gamma_c| / \sigma_c$, a
-  negative $\gamma_c$ turning the signs of the channel's integers.
+  A quantized activation is `(q - zero) * scale` with q uint8 and one scale and zero point for each tensor. A quantized
+  kernel has one scale for each output channel. BatchNorm after a convolution is folded:
+  $s_c' = s_c |\gamma_c| / \sigma_c$. A negative $\gamma_c$ flips the signs of the channel's integers.
 
   Args:
     network: quantized, or float for a float file.
     path: of the file; its folder must exist.
-    opset: operator set, 13 to 23. From 21 on kernels of at most 4 bits are stored as int4, which onnxruntime's CPU kernels
-      compute with in float.
-    form: "qdq": QuantizeLinear and DequantizeLinear alone. "integer": convolutions whose result stays float, such as those
-      before a residual addition, are ConvInteger, which onnxruntime runs faster; other runtimes may not know it.
-    weights: "auto": int8, but uint8 with zero point 128 where int8 could saturate on x86 processors without VNNI. "int8":
+    opset: operator set, 13 to 23. From 21 on, kernels of at most 4 bits are stored as int4. onnxruntime's CPU kernels
+      compute these in float.
+    form: "qdq": only QuantizeLinear and DequantizeLinear. "integer": convolutions with a float result, such as those
+      before a residual addition, are ConvInteger. onnxruntime runs it faster; other runtimes may not know it.
+    weights: "auto": int8, or uint8 with zero point 128 where int8 could saturate on x86 processors without VNNI. "int8":
       always int8, as TensorRT needs.
     layout: of the input: images f32[batch,h,w,c] or f32[batch,c,h,w].
     batch: fixed number of images, or None for any.
@@ -79,8 +79,8 @@ def export_onnx(
     Facts about the file.
 
   Raises:
-    RuleError: a layer's weight reading has no integer form.
-    KwjaxError: an operation of the network has no counterpart, or an argument is out of range.
+    RuleError: a layer's weight scheme has no integer form.
+    KwjaxError: ONNX has no counterpart for an operation, or an argument is out of range.
   """
   onnx = _import_onnx()
   _check(opset, onnx.defs.onnx_opset_version(), form, weights, layout, batch)
@@ -142,7 +142,7 @@ def _check_readings(name: str, kernels: Iterable[Weight]) -> None:
     more = f" (and {len(found) - 1} more layers)" if len(found) > 1 else ""
     raise RuleError(
       f"layer {layer}{more} of {name} has no integer weights: {reason}; quantize with "
-      "QuantRules.parse(..., weights='affine0') or --weight-reading affine0, or allow float weights"
+      "QuantRules.parse(..., weights='affine0') or --weight-scheme affine0, or allow float weights"
     )
 
 
@@ -151,7 +151,7 @@ def _protocol(network: Network | QuantizedNetwork) -> dict[str, str]:
 
 
 def _write(builder: Builder, output: Node, form: Form, layout: str) -> dict[str, Written]:
-  """Emit every node; returns what each layer became."""
+  """Emit every node; returns the result of each layer."""
   readers = consumers(output)
   written: dict[str, Written] = {}
   for node in readers:
@@ -171,7 +171,7 @@ def _write(builder: Builder, output: Node, form: Form, layout: str) -> dict[str,
       written[kernel.attrs["weight"].layer if isinstance(kernel, Node) else node.scope] = found
       builder.set(node, found.value)
     elif node.op == "weight":
-      # Layers read it where it is; anything else gets the values.
+      # Layers read the integers; other nodes read the values.
       _set_weight(builder, node, readers)
     elif node.op in HANDLERS:
       builder.set(node, HANDLERS[node.op](builder, node))
@@ -190,7 +190,7 @@ def _set_weight(builder: Builder, node: Node, readers: Mapping[Node, list[Node]]
 
 
 def _rounded_next(node: Node, readers: Mapping[Node, list[Node]]) -> bool:
-  """Whether a layer's result goes, at most through a ReLU, into one rounding to 8 bits and nowhere else."""
+  """Whether a layer's result is only rounded to 8 bits next, with at most a ReLU before."""
   following = readers[node]
   if len(following) == 1 and following[0].op == "relu":
     following = readers[following[0]]

@@ -1,8 +1,8 @@
-"""Convolutions, dense layers and the rounding of their inputs in ONNX, in the forms that integer kernels are found by.
+"""Convolutions, dense layers and the rounding of their inputs in ONNX, in forms that runtimes match to integer kernels.
 
-A layer is `DequantizeLinear -> Conv or Gemm` with a DequantizeLinear on its kernel. Where the result is rounded next, and
-by nothing else read, runtimes run it in integers from end to end (QLinearConv), its bias rounded to a multiple of the
-products' scale; else onnxruntime computes in float. ConvInteger gives exact integers in both cases, which are then scaled.
+A layer is `DequantizeLinear -> Conv or Gemm` with a DequantizeLinear on its kernel. If the result is only rounded next,
+runtimes compute it in integers (QLinearConv), with the bias rounded to a multiple of the products' scale. Otherwise
+onnxruntime computes in float. ConvInteger computes exact integers in both cases and scales them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Form:
   """How layers are written.
 
   Attributes:
-    integer: ConvInteger for convolutions, but for grouped ones.
-    int8_only: kernels are int8 with zero point 0 even where x86 processors without VNNI would saturate.
+    integer: ConvInteger for convolutions that are not grouped.
+    int8_only: kernels are int8 with zero point 0, even if x86 processors without VNNI would saturate.
     int4: kernels of at most 4 bits are stored in 4 bits.
   """
 
@@ -49,10 +49,10 @@ class Kernel(NamedTuple):
 
 
 def quantize(builder: Builder, node: Node) -> Quantized:
-  """QuantizeLinear to uint8; of fewer bits the values above the highest level are clipped before.
+  """QuantizeLinear to uint8. With fewer bits, values above the highest level are clipped before.
 
-  A layer with such a clip behind it is not run in integers end to end, which would round its bias to the products' scale,
-  the coarser the fewer bits there are; as ConvInteger it is.
+  Runtimes do not fuse a layer with such a clip into QLinearConv. That keeps its bias exact: rounded to the products' scale
+  it would lose more the fewer the bits. ConvInteger still computes it in integers.
   """
   layer, scale, zero = node.attrs["layer"], node.attrs["scale"], node.attrs["zero"]
   value = builder.emitted(node.inputs[0])  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def quantize(builder: Builder, node: Node) -> Quantized:
 
 
 def channels_first(weight: Weight, permutation: tuple[int, ...]) -> Kernel | None:
-  """A kernel's integers with output channels first, or None where it has none or its scales are no vector of channels."""
+  """A kernel's integers with output channels first, or None without integers or without one scale for each channel."""
   if weight.integer is None:
     return None
   q, scale, zero = (np.asarray(field).transpose(permutation) for field in weight.integer)
@@ -77,7 +77,7 @@ def channels_first(weight: Weight, permutation: tuple[int, ...]) -> Kernel | Non
 
 
 def _centred(kernel: Kernel) -> Kernel:
-  """With zero point 0 if the values fit into int8 all the same."""
+  """The kernel with zero point 0, if its values then fit into int8."""
   shape = (-1,) + (1,) * (kernel.q.ndim - 1)
   value = kernel.q - kernel.zero.reshape(shape)
   fits = value.min() >= -128 and value.max() <= 127
@@ -85,9 +85,9 @@ def _centred(kernel: Kernel) -> Kernel:
 
 
 def folded(kernel: Kernel, factor: np.ndarray) -> Kernel | None:
-  """The kernel times a factor a channel; the sign goes into the integers. None where a scale leaves float32's range.
+  """The kernel times one factor for each channel. The sign goes into the integers; factor 0 gives a zero channel.
 
-  A channel whose factor is 0 becomes zero.
+  Returns None if a scale leaves the range of float32.
   """
   shape = (-1,) + (1,) * (kernel.q.ndim - 1)
   dead, negative = factor == 0, factor < 0
@@ -95,7 +95,7 @@ def folded(kernel: Kernel, factor: np.ndarray) -> Kernel | None:
   if not np.isfinite(scale).all() or scale.min() < np.finfo(np.float32).tiny:
     return None
   centred = not kernel.zero.any()
-  # -(q - zero) = (-1 - q) - (-1 - zero) stays within the type where -q may not.
+  # -(q - zero) = (-1 - q) - (-1 - zero) stays within the type; -q can leave it.
   flipped = Kernel(-1 - kernel.q, -1 - kernel.zero, scale)
   if centred and (kernel.q[negative] > -128).all():
     flipped = Kernel(-kernel.q, kernel.zero, scale)
@@ -110,17 +110,17 @@ def is_int4(weight: Weight, form: Form) -> bool:
 
 
 def stored(kernel: Kernel, weight: Weight, largest: int, form: Form) -> tuple[Any, Any]:
-  """The kernel's integers and zero points in the type that the file has.
+  """The kernel's integers and zero points in the type of the file.
 
-  On x86 processors without VNNI onnxruntime adds two products of uint8 and int8 in 16 bits, which saturate silently; two
-  uint8 never do. So int8 is taken only where the sum of two products fits.
+  On x86 processors without VNNI, onnxruntime adds two products of uint8 and int8 in 16 bits and saturates silently. Two
+  uint8 never saturate. So int8 is used only if the sum of two products fits.
   """
   if is_int4(weight, form):
     import ml_dtypes
 
     q, zero = kernel.q, kernel.zero
     if q.min() < -8 or q.max() > 7:
-      # Values of four unsigned bits and an integer zero point were centred: back to levels.
+      # Unsigned 4-bit levels with an integer zero point: shift them into int4.
       low = q.reshape(len(q), -1).min(1)
       zero = -8 - low
       q = q + zero.reshape((-1,) + (1,) * (q.ndim - 1))
@@ -133,9 +133,9 @@ def stored(kernel: Kernel, weight: Weight, largest: int, form: Form) -> tuple[An
 
 
 def refined(kernel: Kernel, largest: int, form: Form) -> Kernel:
-  """The same values as larger integers with a smaller scale: the bias is rounded to that scale times the input's.
+  """The same values as larger integers with a smaller scale, to which the bias is then rounded.
 
-  With few bits the products are few and far between, and a bias rounded to them moves many activations to another level.
+  With few bits the products' scale is coarse, and a bias rounded to it moves many activations to another level.
   """
   top = int(np.abs(kernel.q).max(initial=0))
   if kernel.zero.any() or top == 0:
@@ -158,7 +158,7 @@ def _float_kernel(value: Value, permutation: tuple[int, ...]) -> np.ndarray:
 
 
 def bias_name(builder: Builder, layer: str, add: np.ndarray, scale: np.ndarray | None) -> str | None:
-  """The bias as int32 with the scale of the products (None: as float), or None where it exceeds them."""
+  """The bias as int32 with the scale of the products (None: as float), or None if it does not fit."""
   if scale is None:
     return builder.constant(add.astype(np.float32), f"{layer}/bias")
   levels = np.round(add / scale.astype(np.float64))
@@ -172,7 +172,7 @@ def bias_name(builder: Builder, layer: str, add: np.ndarray, scale: np.ndarray |
 
 
 class Written(NamedTuple):
-  """What a layer became: its result, how it is stored, and the type of its arithmetic in words."""
+  """A layer in the file: its result, how its weights are stored, and the name of its arithmetic."""
 
   value: Emitted
   weights: str
@@ -180,13 +180,13 @@ class Written(NamedTuple):
 
 
 def convolution(builder: Builder, node: Node, form: Form, *, rounded_next: bool) -> Written:
-  """A convolution with everything that was folded into it.
+  """A convolution with the operations folded into it.
 
   Args:
     builder: of the file.
     node: `conv_general_dilated`.
     form: how layers are written.
-    rounded_next: whether the result, or its ReLU, is rounded to 8 bits next and read by nothing else.
+    rounded_next: whether the result, or its ReLU, is only rounded to 8 bits next.
 
   Raises:
     KwjaxError: the convolution is transposed, or its kernel is computed from the images.
@@ -258,7 +258,7 @@ def _dequantized(
 
 
 def _conv_integer(builder: Builder, node: Node, kernel: Kernel, options: dict[str, Any], layer: str) -> Written:
-  """Exact integer products, then one multiplication and addition a channel; kernels are uint8, for which it is fast."""
+  """ConvInteger, then one multiplication and addition for each channel. Kernels are uint8, which is fast."""
   x, spec = node.inputs[0], node.attrs["dimension_numbers"]
   assert isinstance(x, Node)
   mul, add = _post(node, node.shape[spec.out_spec[1]])

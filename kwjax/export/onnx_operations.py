@@ -59,7 +59,7 @@ def _operand(builder: Builder, node: Node, value: Value, order: Order) -> str:
 
 
 def _shrunk(value: np.ndarray) -> np.ndarray:
-  """The same constant with size one along every axis on which it does not change."""
+  """The same constant with size one along every axis where it is constant."""
   for axis, n in enumerate(value.shape):
     if n > 1 and value.strides[axis] == 0:
       value = value.take([0], axis)
@@ -67,7 +67,7 @@ def _shrunk(value: np.ndarray) -> np.ndarray:
 
 
 def elementwise(builder: Builder, node: Node) -> Emitted:
-  """Arithmetic that ONNX has under a name of its own or as two operations."""
+  """Arithmetic that has another name in ONNX, or needs two operations."""
   order = order_of(builder, node)
   names = [_operand(builder, node, value, order) for value in node.inputs]
 
@@ -82,7 +82,7 @@ def elementwise(builder: Builder, node: Node) -> Emitted:
     found = op(_SIMPLE[kind], *names)
   elif kind == "select_n":
     if len(names) != 3 or node.inputs[0].dtype != bool:
-      raise refuse(node, "only a choice between two by a condition can")
+      raise refuse(node, "only a choice between two values by a condition can")
     found = op("Where", names[0], names[2], names[1])
   elif kind == "convert_element_type":
     found = op("Cast", *names, to=element_type(node))
@@ -121,7 +121,7 @@ def clip(builder: Builder, node: Node) -> Emitted:
 
 
 def affine(builder: Builder, node: Node) -> Emitted:
-  """Product and sum, x * mul + add, with a constant for each channel, leaving out what changes nothing."""
+  """The function x * mul + add with constants for each channel; a factor of 1 and a term of 0 are left out."""
   value = builder.emitted(node.inputs[0])  # type: ignore[arg-type]
   return Emitted(
     scale_and_shift(builder, node, value, node.attrs["mul"], node.attrs["add"], node.attrs["axis"]), value.order

@@ -1,4 +1,4 @@
-"""Operations in ONNX that add up or choose: reductions, tensor products, poolings."""
+"""Reductions, tensor products and poolings in ONNX."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REDUCTIONS = {
 
 
 def element_type(node: Node) -> int:
-  """ONNX's number of a node's type."""
+  """ONNX's number for a node's type."""
   import onnx
 
   try:
@@ -31,7 +31,7 @@ def element_type(node: Node) -> int:
 
 
 def reduction(builder: Builder, node: Node) -> Emitted:
-  """Reductions, whose axes became an input in different versions of the operator set."""
+  """Reductions. Their axes became an input in different versions of the operator set."""
   value = builder.emitted(node.inputs[0])  # type: ignore[arg-type]
   axes = sorted(value.order.index(axis) for axis in node.attrs["axes"])
   kind, since = REDUCTIONS[node.op]
@@ -46,7 +46,7 @@ def reduction(builder: Builder, node: Node) -> Emitted:
 
 
 def argument(builder: Builder, node: Node) -> Emitted:
-  """ArgMax and ArgMin, first of equal values."""
+  """ArgMax and ArgMin; the first of equal values."""
   (axis,), value = node.attrs["axes"], builder.logical(node.inputs[0])
   kind = "ArgMax" if node.op == "argmax" else "ArgMin"
   return plain(

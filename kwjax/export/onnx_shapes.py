@@ -19,7 +19,7 @@ def order_of(builder: Builder, node: Node) -> Order:
 
 
 def reshape(builder: Builder, node: Node) -> Emitted:
-  """Reshape of the channels-last array; one dimension may follow the batch."""
+  """Reshape of the channels-last array; one dimension may depend on the batch."""
   symbolic = [axis for axis, n in enumerate(node.shape) if export.is_symbolic_dim(n)]
   if len(symbolic) > 1:
     raise refuse(node, f"several dimensions of {node.shape} follow the batch")
@@ -34,7 +34,7 @@ def plain(name: str, node: Node) -> Emitted:
 
 
 def expand(builder: Builder, node: Node) -> Emitted:
-  """Repeat along axes of size one; the batch itself cannot be made out of a constant."""
+  """Repeat along axes of size one; a constant cannot be repeated along the batch."""
   x = node.inputs[0]
   grown = [axis for axis, (a, b) in enumerate(zip(x.shape, node.shape, strict=True)) if str(a) != str(b)]
   if any(export.is_symbolic_dim(node.shape[axis]) for axis in grown):
@@ -46,7 +46,7 @@ def expand(builder: Builder, node: Node) -> Emitted:
 
 
 def transpose(builder: Builder, node: Node) -> Emitted:
-  """Costs nothing: the array stays as it is stored."""
+  """A transposition without copying: only the recorded order changes."""
   value, permutation = builder.emitted(node.inputs[0]), list(node.attrs["permutation"])  # type: ignore[arg-type]
   return Emitted(value.name, tuple(permutation.index(axis) for axis in value.order))
 
@@ -94,7 +94,7 @@ def _slice(builder: Builder, node: Node, name: str, starts: Any, stops: Any, axe
 
 
 def slice_(builder: Builder, node: Node) -> Emitted:
-  """Slice along the axes that lose something."""
+  """Slice along the axes that shrink."""
   value = builder.emitted(node.inputs[0])  # type: ignore[arg-type]
   starts, limits = node.attrs["start_indices"], node.attrs["limit_indices"]
   strides, shape = node.attrs["strides"] or [1] * node.rank, node.inputs[0].shape

@@ -1,4 +1,4 @@
-"""Rewrites that keep a graph's function: activations by their names, means, and BatchNorm folded into what comes before it."""
+"""Rewrites that keep a graph's function: named activations, means, and BatchNorm folded into the layer before it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _Private = Callable[[Value], bool]
 def simplify(output: Node) -> Node:
   """The same function in fewer operations.
 
-  - `max(x, 0)` and its like become `relu` and `clip`; a sum divided by the number of its terms becomes a mean.
-  - `x * m + a` with a constant for each channel becomes `affine`, and is taken into a convolution or matrix product that
-    alone comes before it, as `post` = (m, a) of its attributes.
-  - Equal quantizations of one array are one; a clip above the range that is quantized next is a ReLU.
+  - `max(x, 0)` and similar become `relu` and `clip`. A sum divided by the number of its terms becomes a mean.
+  - `x * m + a` with constants for each channel becomes `affine`. If only it reads a convolution or matrix product, it is
+    folded into that as the attribute `post` = (m, a).
+  - Equal quantizations of one array are merged. A clip above the range that is quantized next becomes a ReLU.
   """
   seen: dict[tuple, Node] = {}
 
@@ -34,7 +34,7 @@ def simplify(output: Node) -> Node:
 
 
 def scalar(value: Value) -> float | None:
-  """The number that a constant of one element is, else None."""
+  """The number in a constant of one element, else None."""
   return float(value.reshape(-1)[0]) if isinstance(value, np.ndarray) and value.size == 1 else None
 
 
@@ -74,7 +74,7 @@ def _matmul(node: Node) -> Node:
 
 
 def is_kernel(value: Value) -> bool:
-  """Whether a value is known before any image."""
+  """Whether a value does not depend on the images."""
   return isinstance(value, np.ndarray) or value.op == "weight"
 
 
@@ -99,7 +99,7 @@ def channel_axis(node: Node) -> int | None:
 
 
 def _per_channel(value: Value, rank: int) -> tuple[np.ndarray, int | None] | None:
-  """A constant as a vector and the axis it runs along (None: one number), or None if it has more axes."""
+  """A constant as a vector and its axis (None: one number), or None if it varies along several axes."""
   if not isinstance(value, np.ndarray) or value.dtype != np.float32:
     return None
   wide = [axis for axis, n in enumerate(value.shape) if n > 1]
@@ -141,7 +141,7 @@ def _merged(node: Node, x: Node, mul: np.ndarray, add: np.ndarray, axis: int | N
 
 
 def _drop_clip(node: Node, private: _Private) -> Node:
-  """Rounding to levels clips by itself: an upper bound at or above the highest level changes nothing."""
+  """Drop a clip that quantization repeats: an upper bound at or above the highest level has no effect."""
   if node.op != "quantize" or not isinstance(node.inputs[0], Node) or node.inputs[0].op != "clip":
     return node
   clip = node.inputs[0]

@@ -1,4 +1,4 @@
-"""A network as one StableHLO file that any later JAX, or a runtime that reads StableHLO, runs without its Python code."""
+"""A network as one StableHLO file. Later JAX versions and StableHLO runtimes run it without its Python code."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class StablehloFacts(NamedTuple):
     path: of the file.
     size: bytes.
     platforms: on which it runs.
-    integer_layers: kernels that it holds as int8.
-    float_layers: kernels that it holds as float32, whether or not their values lie on a grid.
+    integer_layers: layers whose kernels are int8 in the file.
+    float_layers: layers whose kernels are float32 in the file.
   """
 
   path: pathlib.Path
@@ -43,7 +43,7 @@ class StablehloFacts(NamedTuple):
 
 
 class StablehloNetwork(NamedTuple):
-  """A network read from a file; called like `Network.apply`.
+  """A network from a file; call it like `Network.apply`.
 
   Attributes:
     call: `images f32[b,h,w,c] in [0,1] -> logits f32[b,k]`; jit, vmap over further axes and other devices work.
@@ -69,11 +69,11 @@ def export_stablehlo(
   platforms: Sequence[str] = PLATFORMS,
   batch: int | None = None,
 ) -> StablehloFacts:
-  """Write the forward pass with its weights as StableHLO: images f32[batch,h,w,c] in [0,1] to logits, any batch.
+  """Write the forward pass with its weights as StableHLO: images f32[batch,h,w,c] in [0,1] to logits.
 
-  The file is what `jax.export` serializes, so that `jax.export.deserialize` reads it without kwjax, and a checksum behind it.
-  Kernels with integer levels are int8 constants that the program multiplies by their scales; activations are rounded as
-  in the simulated network, so that the arithmetic stays that of floats. Products are computed at the highest precision.
+  The file is the output of `jax.export` with a checksum at its end, so `jax.export.deserialize` reads it without kwjax.
+  Kernels with integer levels are int8 constants that the program multiplies by their scales. Activations are rounded as
+  in the simulated network, so the arithmetic is float. Products are computed at the highest precision.
 
   Args:
     network: quantized, or float.
@@ -105,7 +105,7 @@ def export_stablehlo(
     payload = bytes(program.serialize())
   except ImportError as error:
     raise KwjaxError('writing StableHLO files needs the package flatbuffers: pip install "kwjax[stablehlo]"') from error
-  # JAX reads the program and ignores what follows it.
+  # JAX ignores bytes after the program.
   content = payload + _TRAILER + hashlib.sha256(payload).digest()
   try:
     atomic_write(pathlib.Path(path), content)
@@ -119,7 +119,7 @@ def export_stablehlo(
 def _forward(
   network: Network | QuantizedNetwork,
 ) -> tuple[Network, Callable[[Array], Array], dict[str, list[str]]]:
-  """The forward pass as a function of the images alone, its kernels as the quantized network uses them."""
+  """The forward pass as a function of the images, with the kernels of the quantized network."""
   base, weights = float_network(network), weights_of(network)
   apply = base.forward
   if isinstance(network, QuantizedNetwork):

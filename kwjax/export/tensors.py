@@ -1,4 +1,4 @@
-"""A quantized network as one safetensors file: integers, scales and what stays float, for a runtime of one's own."""
+"""A quantized network as one safetensors file: integers, scales and float arrays, for your own runtime."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class IntegerNetwork(NamedTuple):
     inputs: `{layer: (scale, zero, levels)}`: its input x is rounded to (q - zero) * scale with
       q = clip(round(x / scale + zero), 0, levels - 1).
     floats: everything else, `{"params/.../bias": f32, "batch_stats/.../mean": f32, ...}`.
-    description: name, rules, image shape, normalisation and architecture.
+    description: name, rules, image shape, normalization and architecture.
   """
 
   weights: Mapping[str, QTensor]
@@ -47,7 +47,7 @@ class IntegerNetwork(NamedTuple):
 def export_safetensors(
   network: QuantizedNetwork, path: str | pathlib.Path, *, allow_float_weights: bool = False
 ) -> IntegerNetwork:
-  """Write integer kernels, activation grids and all that stays float into one file; returns what it holds.
+  """Write integer kernels, activation grids and float arrays into one file; returns its content.
 
   `LAYER/q` i8, `LAYER/scale` f32, `LAYER/zero` i32 with value (q - zero) * scale; `LAYER/input_scale` f32,
   `LAYER/input_zero` i32, `LAYER/input_levels` i32; the other variables under their paths (`params/...`, `batch_stats/...`).
@@ -58,7 +58,7 @@ def export_safetensors(
     allow_float_weights: write kernels without an integer form as float instead of refusing them.
 
   Raises:
-    RuleError: a layer's weight reading has no integer form.
+    RuleError: a layer's weight scheme has no integer form.
     KwjaxError: the file cannot be written.
   """
   from kwjax.runtime.files import atomic_write
@@ -131,11 +131,11 @@ def load_safetensors(path: str | pathlib.Path) -> IntegerNetwork:
 
 
 def run_integer(stored: IntegerNetwork, network: Network, images: Array) -> Array:
-  """Logits of what a file holds, with the module of `network` and nothing else of it; for layers that nn.scan does not stack.
+  """Logits computed from the content of a file and the module of `network`; not for layers under nn.scan.
 
   Args:
     stored: of `load_safetensors`.
-    network: the float network whose module and normalisation are used.
+    network: the float network; only its module and normalization are used.
     images: f32[b,h,w,c] in [0,1].
 
   Returns:

@@ -1,4 +1,4 @@
-"""From a network to the JAX program of its forward pass, with a mark wherever an activation is quantized."""
+"""The JAX program of a network's forward pass, with a mark where an activation is quantized."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _RANGE = "export_range"
 FLOAT = LayerRule(None, None, None)
 
 quantize_p = jax.extend.core.Primitive("kwjax_quantize")
-"""`(x, lo f32[], hi f32[]; layer, bits) -> like x`: stands in the traced program where a layer's input is rounded."""
+"""`(x, lo f32[], hi f32[]; layer, bits) -> like x`: marks in the traced program where a layer's input is rounded."""
 quantize_p.def_abstract_eval(lambda x, lo, hi, **_: x)
 
 
 def float_network(network: Network | QuantizedNetwork) -> Network:
-  """The float network inside, which has the modules and the variables."""
+  """The float network inside, with the modules and variables."""
   return network.network if isinstance(network, QuantizedNetwork) else network
 
 
@@ -45,11 +45,11 @@ def rules_of(network: Network | QuantizedNetwork) -> dict[str, LayerRule]:
 
 
 def trace(network: Network | QuantizedNetwork, batch: int | None) -> tuple[Any, Variables]:
-  """The program of the forward pass and the variables that are its first arguments; the images are the last.
+  """The program of the forward pass, and the variables that are its first arguments.
 
   Args:
     network: float or quantized.
-    batch: images at a time, or None for a symbolic number of them.
+    batch: number of images, or None for a symbolic number.
 
   Returns:
     `(ClosedJaxpr, variables)`: the arguments are `jax.tree.leaves(variables)`, then the images f32[b,h,w,c].
@@ -65,7 +65,7 @@ def trace(network: Network | QuantizedNetwork, batch: int | None) -> tuple[Any, 
     name = intercept.layer_name(module)
     interval = intercept.provided(module, _RANGE)
     if interval is None:
-      raise KwjaxError(f"the activation range of layer {name} does not reach it: its lifted transform keeps it back")
+      raise KwjaxError(f"the activation range of layer {name} does not reach it: its lifted transform drops it")
     return proceed(quantize_p.bind(x, *interval, layer=name, bits=bits[name]))
 
   apply = intercept.intercept(base.forward, lambda module: intercept.layer_name(module) in bits, handle)

@@ -1,4 +1,4 @@
-"""Whether an exported file computes what the network does: the same images through both."""
+"""Checks that an exported file computes the same as the network, on the same images."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 
 class Comparison(NamedTuple):
-  """How far the logits of two networks are apart.
+  """How far apart the logits of two networks are.
 
   Attributes:
-    images: compared.
+    images: number of images compared.
     max_difference: largest absolute difference of two logits.
     rms_difference: root of the mean squared difference.
     rms_logit: root of the mean squared logit of the network, to compare with.
@@ -49,7 +49,7 @@ def in_batches(run: Run, images: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def network_runner(network: Forwardable) -> Run:
-  """The network itself, compiled."""
+  """The network, compiled."""
   apply = jax.jit(lambda found, x: found.apply(x))
 
   def run(images: np.ndarray) -> np.ndarray:
@@ -64,8 +64,8 @@ def onnx_runner(path: str | pathlib.Path, *, session_options: Mapping[str, str] 
 
   Args:
     path: of the file.
-    session_options: entries of the session's configuration. Default: products of uint8 and int8 that cannot saturate, which
-      only files with `weights="int8"` need.
+    session_options: entries of the session's configuration. The default prevents saturation of uint8 and int8 products,
+      for files with `weights="int8"`.
     threads: of one operation; 0: all cores.
 
   Raises:
@@ -81,7 +81,7 @@ def onnx_runner(path: str | pathlib.Path, *, session_options: Mapping[str, str] 
     options.add_session_config_entry(key, value)
   try:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-  # onnxruntime has a class for every kind of refusal, of which few derive from a common one.
+  # onnxruntime raises many classes without a common base.
   except Exception as error:
     raise KwjaxError(f"onnxruntime cannot run {path}: {str(error).splitlines()[0][:200]}") from error
   (source,) = session.get_inputs()
@@ -95,7 +95,7 @@ def onnx_runner(path: str | pathlib.Path, *, session_options: Mapping[str, str] 
 
 
 def _channels_first(shape: list[Any]) -> Callable[[np.ndarray], bool]:
-  """Whether images have to be stored channels first for a model whose input has this shape."""
+  """Whether a model with this input shape takes images with channels first."""
 
   def decide(images: np.ndarray) -> bool:
     height, width, channels = images.shape[1:]

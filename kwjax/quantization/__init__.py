@@ -1,4 +1,4 @@
-"""Low precision: which layer gets how many bits, activation ranges from images, simulated and integer weights."""
+"""Quantization: bits of each layer, activation ranges from images, simulated and integer weights."""
 
 from kwjax.quantization.allocate import Allocation, allocate_bits, allocate_from
 from kwjax.quantization.bias_correction import correct_bias

@@ -23,12 +23,12 @@ _CURVE_UNITS = 5_000
 
 
 class Budget(NamedTuple):
-  """Mean bits or size that a network may have; None leaves that side at the rules' bits.
+  """A budget of mean bits or size; None leaves that side at the rules' bits.
 
   Attributes:
     weights: mean bits of a weight, over all kernels.
-    activations: mean bits of a layer's input, over all values that layers read of one image.
-    kilobytes: size of all kernels without scales, 1000 bytes, in place of `weights`.
+    activations: mean bits of a layer's input, over all input values of one image.
+    kilobytes: size of all kernels without scales, in 1000 bytes, instead of `weights`.
   """
 
   weights: float | None
@@ -37,10 +37,10 @@ class Budget(NamedTuple):
 
   @classmethod
   def parse(cls, budget: str | Budget) -> Budget:
-    """Read "4w4a", "3.5w4a", or a size in place of the weights' bits, "330kBw4a" or "1.2MBw4a"; 32 bits stand for None.
+    """Parse "4w4a", "3.5w4a", or with a size of the weights "330kBw4a" or "1.2MBw4a"; 32 bits mean None.
 
     Raises:
-      RuleError: another form, mean bits outside 2 to 8, or no positive size.
+      RuleError: the text has another form, mean bits are not 2 to 8, or the size is not positive.
     """
     if isinstance(budget, Budget):
       found = budget
@@ -65,10 +65,10 @@ class Budget(NamedTuple):
     return found
 
   def in_bits(self, parameters: int) -> Budget:
-    """The same budget with the size as mean bits, at most 8, of a network with so many weights.
+    """The same budget with the size as mean bits, at most 8, for a given number of weights.
 
     Raises:
-      RuleError: the size is below 2 bits a weight.
+      RuleError: the size is below 2 bits for each weight.
     """
     if self.kilobytes is None:
       return self
@@ -82,13 +82,13 @@ class Budget(NamedTuple):
 
 
 class Point(NamedTuple):
-  """One budget of the curve.
+  """One point of the curve of predicted loss by budget.
 
   Attributes:
-    bits: mean bits of what the curve varies, weights and activations alike.
-    kilobytes: of all kernels at these bits, without scales; 1000 bytes.
-    predicted: sum of the sensitivities of the best allocation, nats.
-    uniform: the same with equal bits everywhere, None where the mean is no candidate.
+    bits: mean bits of the sides that the curve varies.
+    kilobytes: size of all kernels at these bits without scales, in 1000 bytes.
+    predicted: sum of the sensitivities of the best allocation, in nats.
+    uniform: the same with equal bits in every layer; None if the mean is no candidate.
   """
 
   bits: float
@@ -102,8 +102,8 @@ class Allocation:
   """Bits by layer.
 
   Attributes:
-    rules: one override a layer, exact paths; to calibrate and quantize with.
-    sensitivity: what was measured, `{layer: Sensitivity}`.
+    rules: one override for each layer; calibrate and quantize with them.
+    sensitivity: the measurement, `{layer: Sensitivity}`.
     curve: predicted loss by mean bits, ascending.
     mean_weight_bits: of `rules`, over all weights.
     mean_activation_bits: of `rules`, over all inputs.
@@ -129,7 +129,7 @@ def allocate_bits(
   progress: bool = False,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> Allocation:
-  r"""The best bits for every layer within a budget of mean bits, or of bytes.
+  r"""The best bits for every layer within a budget of mean bits or bytes.
 
   $\min \sum_l s_l(b_l)$ with $\sum_l n_l b_l \le B \sum_l n_l$.
 
@@ -185,13 +185,13 @@ def allocate_bits(
 def allocate_from(
   network: Network, sensitivity: Mapping[str, Sensitivity], *, budget: str | Budget, rules: QuantRules
 ) -> Allocation:
-  """As `allocate_bits`, from sensitivities that are there already: other budgets cost nothing.
+  """As `allocate_bits`, from sensitivities that were measured before: further budgets cost nothing.
 
   Args:
     network: the float network.
     sensitivity: of `measure_sensitivity`.
-    budget: mean bits, or a size; as there.
-    rules: how weights and ranges are read, and the bits of a side without budget.
+    budget: mean bits or a size, as in `allocate_bits`.
+    rules: weight scheme, range method, and the bits of a side without a budget.
 
   Raises:
     RuleError: the budget is malformed, or no allocation fits.
@@ -223,22 +223,22 @@ def allocate_from(
 def best_bits(
   costs: Sequence[Mapping[int, float]], sizes: Sequence[int], mean: float, *, units: int = _UNITS
 ) -> list[int]:
-  r"""The choice with the least sum of costs whose bits, weighted by sizes, are `mean` on average or fewer; exact.
+  r"""The choice with the least sum of costs whose mean bits, weighted by sizes, are at most `mean`.
 
   Args:
-    costs: `{bits: cost}` of each item; more bits than the budget's mean are worth it where others have fewer.
+    costs: `{bits: cost}` of each item.
     sizes: of each item.
-    mean: bits.
-    units: into how many parts the budget is divided where sizes have no common divisor that makes fewer; sizes are rounded up.
+    mean: largest mean of the bits.
+    units: parts of the budget if the sizes have no common divisor that makes fewer; sizes are rounded up to them.
 
   Returns:
     Bits of each item.
 
   Raises:
-    RuleError: even the fewest bits are too many.
+    RuleError: the fewest bits exceed the mean.
   """
   fewest = [min(cost) for cost in costs]
-  # What is shared out are the bits beyond the fewest: those are always exact.
+  # Only the bits beyond the fewest are allocated; the fewest are always exact.
   spare, divisor = mean * sum(sizes) - float(np.dot(fewest, sizes)), math.gcd(*sizes)
   if spare < -1e-6:
     raise RuleError(f"no choice of bits has a mean of {mean:g} or less: the fewest are {min(fewest)}")

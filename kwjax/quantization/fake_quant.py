@@ -1,4 +1,4 @@
-"""Simulated quantization: round to the levels of a grid and back, with a gradient that sees through the rounding."""
+"""Fake quantization: round to the levels of a grid and back, with the straight-through gradient."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def fake_quant(x: Array, scale: Array | float, zero: Array | float, qmin: Array 
   r"""Nearest level of a uniform grid, with the straight-through gradient.
 
   $Q(x) = (\mathrm{clip}(\mathrm{round}(x / s + z), q_{min}, q_{max}) - z) \, s$;
-  $\partial Q / \partial x = 1$ where nothing was clipped, else 0; no gradient to the grid. Ties round to even.
+  $\partial Q / \partial x = 1$ inside the range, else 0. The grid gets no gradient. Ties round to even.
 
   Args:
     x: f32[...], any shape and float type; the arithmetic is float32 (float64 for float64).
-    scale: s > 0, distance of two levels in units of x; f32[] or broadcastable to x (one value a channel).
+    scale: s > 0, distance of two levels in units of x; f32[] or broadcastable to x (one value for each channel).
     zero: z, the level of x = 0, real or integer; f32[] or broadcastable to x.
-    qmin: lowest level; f32[] or broadcastable to x, a number or a traced array.
-    qmax: highest level, likewise f32[] or broadcastable to x.
+    qmin: lowest level, a number or a traced array; f32[] or broadcastable to x.
+    qmax: highest level; f32[] or broadcastable to x.
 
   Returns:
     Like x.
@@ -34,9 +34,8 @@ def fake_quant(x: Array, scale: Array | float, zero: Array | float, qmin: Array 
 
 def nearest_level(x: Array, scale: Array | float, zero: Array | float) -> Array:
   """round(x (1 / scale) + zero), not clipped; float32, or float64 for float64."""
-  # bfloat16 has 8 significant bits: x / scale + zero would be rounded once before it is rounded to a level. The product with
-  # the reciprocal is what PyTorch computes too; after a division XLA's CPU backend writes x / scale to memory for the backward
-  # pass, an eighth of all that fine-tuning needs.
+  # In float32: bfloat16 has 8 significant bits and would round twice. The product with the reciprocal is what PyTorch computes.
+  # With a division, XLA on CPUs stores x / scale for the backward pass.
   return jnp.round(x.astype(jnp.promote_types(x.dtype, jnp.float32)) * (1.0 / scale) + zero)
 
 

@@ -16,7 +16,7 @@ _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 
 
 class Grid(NamedTuple):
-  """Arguments of `fake_quant`; always: level k stands for (k - zero) * scale, scale > 0, qmin <= k <= qmax."""
+  """Arguments of `fake_quant`. Invariant: level k stands for (k - zero) * scale, scale > 0, qmin <= k <= qmax."""
 
   scale: Array
   zero: Array
@@ -25,11 +25,11 @@ class Grid(NamedTuple):
 
 
 class Clip(NamedTuple):
-  """How much of a channel's range its grid leaves out at either end.
+  """The shares of a channel's range that its grid clips at either end.
 
   Attributes:
-    lo: share of the range that is cut off below, in [0, 0.5), f32 of the shape of the grid's scale.
-    hi: share that is cut off above, likewise.
+    lo: share clipped below, in [0, 0.5), f32 of the shape of the grid's scale.
+    hi: share clipped above, as `lo`.
   """
 
   lo: Array
@@ -37,7 +37,7 @@ class Clip(NamedTuple):
 
 
 def _positive(scale: Array) -> Array:
-  """A channel that holds one value only has no extent; a unit scale still represents it, without a division by 0."""
+  """The scale, or 1 for a channel of one value, whose extent is 0."""
   return jnp.where(scale > _SMALLEST, scale, 1.0)
 
 
@@ -88,17 +88,17 @@ midrise: 2^b levels from -max|w| to max|w| without one at zero.
 
 
 def weight_grid(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...], clip: Clip | None = None) -> Grid:
-  """The grid of each output channel of a kernel, from its extreme weights; no gradient flows to it.
+  """The grid of each output channel of a kernel, from its lowest and highest weight; it gets no gradient.
 
   Args:
     weights: kernel, any float type.
     reading: a name in `WEIGHT_READINGS`.
     bits: 2 to 8.
-    axes: the axes that belong to one channel, reduced over.
+    axes: axes to reduce, those inside one channel.
     clip: shares of the reading's own range that the grid leaves out, so that it follows the weights; default: none.
 
   Returns:
-    Grid whose scale (units of the weights) and zero have the kernel's rank, with size 1 along `axes`.
+    A grid. Its scale (units of the weights) and zero have the kernel's rank, with size 1 along `axes`.
 
   Raises:
     RuleError: the reading is unknown.
@@ -125,7 +125,7 @@ def _extent(reading: str, lo: Array, hi: Array) -> tuple[Array, Array]:
 
 
 def activation_grid(lo: Array, hi: Array, bits: int) -> Grid:
-  """2^b unsigned levels over the range extended to include 0, integer zero point, so that zero padding is exact.
+  """2^b unsigned levels over the range extended to include 0. The zero point is an integer, so zero padding is exact.
 
   Args:
     lo: lowest activation, f32[].

@@ -1,4 +1,4 @@
-"""Weights as integers: what an integer kernel or an exporter runs, equal to the simulated weights."""
+"""Weights as integers for integer kernels and exporters, equal to the simulated weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Array = jax.Array
 
 
 class QTensor(NamedTuple):
-  """An integer tensor. Always: value = (q - zero) * scale in float32, with scale > 0.
+  """An integer tensor. Invariant: value = (q - zero) * scale in float32, with scale > 0.
 
   Attributes:
     q: i8, the shape of the kernel.
-    scale: f32, the kernel's rank with size 1 on every axis but those of output channels (and of stacked layers).
+    scale: f32, the kernel's rank, with size 1 on all axes except those of output channels and stacked layers.
     zero: i32, the shape of `scale`.
   """
 
@@ -37,7 +37,7 @@ class QTensor(NamedTuple):
 
 
 def why_not_integer(rule: LayerRule) -> str | None:
-  """Why a layer's weights have no int8 form, or None if they have one."""
+  """The reason why a layer's weights have no int8 form, or None if they have one."""
   if rule.weight_bits is None:
     return "its weights are float"
   if rule.weight_reading == "affine":
@@ -48,7 +48,7 @@ def why_not_integer(rule: LayerRule) -> str | None:
 
 
 def integer_kernel(kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Clip | None = None) -> QTensor:
-  """The integer form of one kernel, equal to what the quantized forward pass uses.
+  """The integer form of one kernel, equal to the kernel of the quantized forward pass.
 
   Raises:
     RuleError: the reading's levels are not int8 integers.
@@ -65,7 +65,7 @@ def _signed(level: Array, grid: Grid, rule: LayerRule) -> QTensor:
   if rule.weight_reading == "midrise":
     # (k - n/2) * s = (2k - n) * (s/2); halving a float is exact.
     return QTensor((2 * level - grid.qmax).astype(jnp.int8), grid.scale / 2, jnp.zeros_like(grid.zero, jnp.int32))
-  # Unsigned levels move down by half of their number, and the zero point with them.
+  # Shift unsigned levels and the zero point by half of the number of levels.
   shift = 2 ** (int(rule.weight_bits or 0) - 1) if grid.qmin == 0 else 0
   return QTensor((level - shift).astype(jnp.int8), grid.scale, grid.zero.astype(jnp.int32) - shift)
 
@@ -82,9 +82,9 @@ def _kernels(quantized: QuantizedNetwork) -> dict[str, tuple[Array, intercept.La
 
 
 def integer_weights(quantized: QuantizedNetwork) -> dict[str, QTensor]:
-  """Integer kernels of every layer with quantized weights, in execution order; `dequantize()` gives what `.apply` uses.
+  """Integer kernels `{layer: QTensor}` of every layer with quantized weights, in execution order.
 
-  Equal as numbers, bit for bit but for the sign of zero: integers have one zero only.
+  `dequantize()` gives the kernels of `.apply`, bit for bit, except for the sign of zero: integers have one zero.
 
   Raises:
     RuleError: a layer's weight reading has no int8 form (`affine`, with its real zero point; `midrise` at 8 bits).
@@ -93,6 +93,6 @@ def integer_weights(quantized: QuantizedNetwork) -> dict[str, QTensor]:
 
 
 def representable_weights(quantized: QuantizedNetwork) -> dict[str, QTensor]:
-  """As `integer_weights`, but layers without an int8 form are left out."""
+  """As `integer_weights`, without the layers that have no int8 form."""
   kernels = _kernels(quantized)
   return {name: integer_kernel(*kernel) for name, kernel in kernels.items() if why_not_integer(kernel[2]) is None}

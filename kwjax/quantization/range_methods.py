@@ -1,7 +1,7 @@
-"""Activation ranges from histograms: percentile, least squared error, least divergence; pure functions of one layer's.
+"""Activation ranges from histograms: percentile, MSE and entropy. Each is a pure function of one histogram.
 
-Every range is made for the grid of `activation_grid`: 2^b unsigned levels over the range extended to include 0, with an
-integer zero point.
+Every range is for the grid of `activation_grid`: 2^b unsigned levels over the range extended to include 0, with an integer
+zero point.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _SMALLEST_SHARE = 1 / 16
 
 
 def percentile_range(histogram: Histogram, percent: float = 99.99) -> tuple[float, float]:
-  """The values that `percent` per cent of all values do not exceed, and do not fall below; exact within a bin.
+  """The range that `percent` per cent of all values do not exceed at either end; exact within a bin.
 
   Args:
-    histogram: of a single layer.
+    histogram: of one layer.
     percent: above 50, at most 100; 100 gives the extremes.
 
   Returns:
@@ -35,7 +35,7 @@ def percentile_range(histogram: Histogram, percent: float = 99.99) -> tuple[floa
   edges, below = histogram.edges, np.concatenate([[0], np.cumsum(histogram.counts)]).astype(np.float64)
   at_zero = np.interp(0.0, edges, below)
   place = np.searchsorted(edges, 0.0)
-  # The values that are exactly 0 make the distribution jump there.
+  # Values of exactly 0 make the distribution jump.
   values = np.insert(edges, place, [0.0, 0.0]) if histogram.zeros else edges
   jump = [at_zero, at_zero + histogram.zeros]
   reached = np.concatenate([below[:place], jump, below[place:] + histogram.zeros]) if histogram.zeros else below
@@ -45,7 +45,7 @@ def percentile_range(histogram: Histogram, percent: float = 99.99) -> tuple[floa
 
 
 def quantization_error(histogram: Histogram, lo: np.ndarray | float, hi: np.ndarray | float, bits: int) -> np.ndarray:
-  """Sum over all values of (x - Q(x))^2 for activation grids of some ranges, every value taken as the middle of its bin.
+  """Sum over all values of (x - Q(x))^2 for activation grids of given ranges; a value counts as the middle of its bin.
 
   Args:
     histogram: of a single layer.
@@ -65,11 +65,11 @@ def quantization_error(histogram: Histogram, lo: np.ndarray | float, hi: np.ndar
 def mse_range(histogram: Histogram, bits: int) -> tuple[float, float]:
   r"""The range with the least squared error of rounding and clipping, $\min_{lo, hi} \sum_x (x - Q(x))^2$.
 
-  Where values lie on one side of 0, one end is searched in 256 steps; else both, in a coarse and a fine mesh.
+  If all values are on one side of 0, one end is searched in 256 steps; else both, in a coarse and a fine mesh.
 
   Args:
     histogram: of a single layer.
-    bits: of the activations, 2 to 8: the fewer, the more is cut off.
+    bits: of the activations, 2 to 8; the fewer, the more is clipped.
 
   Returns:
     (lo, hi), in the unit of the values.
@@ -97,10 +97,9 @@ def _best_pair(
 
 
 def entropy_range(histogram: Histogram, bits: int) -> tuple[float, float]:
-  """The range whose levels keep most of the distribution: least KL(clipped distribution || quantized distribution).
+  """The range with the least KL(clipped distribution || quantized distribution).
 
-  Both ends shrink together, in 128 steps down to a sixteenth. Values that are exactly 0 are left out, since every grid
-  keeps them.
+  Both ends shrink together, in 128 steps down to a sixteenth. Values of exactly 0 do not count: every grid keeps them.
 
   Args:
     histogram: of a single layer.
@@ -121,8 +120,8 @@ def entropy_range(histogram: Histogram, bits: int) -> tuple[float, float]:
 def quantized_divergence(histogram: Histogram, lo: float, hi: float, bits: int) -> float:
   """KL(P || Q) in nats, over the bins inside a range.
 
-  P: their counts, with what is outside added to the outermost ones. Q: their counts alone, spread evenly over the bins of a
-  level that are not empty. Infinite where no value is inside.
+  P: their counts, with the values outside added to the outermost bins. Q: their counts, spread evenly over the non-empty bins
+  of each level. Infinite if no value is inside.
   """
   values, counts = _occupied(histogram)
   inside = (values >= lo) & (values <= hi)
@@ -144,11 +143,11 @@ def histogram_ranges(histograms: Histograms, rules: Mapping[str, LayerRule], rea
 
   Args:
     histograms: `{layer: Histogram}`.
-    rules: of `QuantRules.resolve`: the bits of each layer; a layer with float activations gets its extremes.
+    rules: of `QuantRules.resolve`, the bits of each layer; a layer with float activations gets its extremes.
     reading: "percentile", "percentile:99.9", "mse" or "entropy".
 
   Returns:
-    Ranges, f32[] a layer, f32[repeats] for stacked ones.
+    Ranges, f32[] for each layer, f32[repeats] for stacked ones.
 
   Raises:
     RuleError: the reading is unknown, or one that histograms do not serve.

@@ -1,4 +1,4 @@
-"""Activation ranges: one interval a layer, and the table of every sample's extremes that they are made from."""
+"""Activation ranges: one interval for each layer, and the table of extremes that they come from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Interval(NamedTuple):
 class Ranges(Mapping[str, Interval]):
   """`{layer: Interval}` of the inputs of a network's layers, in execution order; immutable, a pytree.
 
-  Shapes: f32[] a layer, f32[repeats] for a layer that nn.scan stacks. Units are those of the layer's input.
+  Shapes: f32[] for each layer, f32[repeats] for a layer that nn.scan stacks. Units are those of the layer's input.
   """
 
   def __init__(self, intervals: Mapping[str, tuple[Any, Any]]) -> None:
@@ -48,7 +48,7 @@ class Ranges(Mapping[str, Interval]):
     return f"{type(self).__name__}({self._intervals!r})"
 
   def tree_flatten(self) -> tuple[tuple[Interval, ...], tuple[str, ...]]:
-    """Children: the intervals; the layers' names are static, and keep their order."""
+    """Children: the intervals. The layers' names and their order are static."""
     return tuple(self._intervals.values()), tuple(self._intervals)
 
   @classmethod
@@ -64,10 +64,10 @@ class Ranges(Mapping[str, Interval]):
 
   @classmethod
   def from_arrays(cls, arrays: Mapping[str, Any]) -> Self:
-    """What `to_arrays` gave, or the file that `np.savez` made of it.
+    """Ranges from the arrays of `to_arrays`, or from their file of `np.savez`.
 
     Raises:
-      KwjaxError: a key has another form, or one end of a layer is missing.
+      KwjaxError: a key has another form, or an end of a layer is missing.
     """
     names = dict.fromkeys(key.rpartition(":")[0] for key in arrays)
     expected = {f"{name}:{end}" for name in names for end in Interval._fields}
@@ -81,7 +81,7 @@ class Ranges(Mapping[str, Interval]):
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> Self:
-    """What `to_json` gave.
+    """Ranges from the dict of `to_json`.
 
     Raises:
       KwjaxError: an entry is not a pair of numbers or of lists of numbers.
@@ -94,11 +94,11 @@ class Ranges(Mapping[str, Interval]):
 
 @jax.tree_util.register_pytree_node_class
 class RangeTable(Ranges):
-  """Extremes of every layer's input for every image: f32[n] a layer, f32[n, repeats] for stacked layers; on the host."""
+  """Extremes of every layer's input for every image: f32[n] for each layer, f32[n, repeats] for stacked ones; on the host."""
 
   @staticmethod
   def _array(end: Any) -> Any:
-    # What is drawn and averaged of them is NumPy's; copies of a network's hundred to a device took 2.5 ms and served nobody.
+    # On the host: NumPy draws and averages them, so transfers to a device would be wasted.
     return np.asarray(end, np.float32)
 
   @property

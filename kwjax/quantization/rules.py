@@ -1,4 +1,4 @@
-"""Which layer gets how many bits: parsed from `4w4a`, resolved by layer path in execution order."""
+"""Bits of each layer: parsed from `4w4a`, resolved by layer path in execution order."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from kwjax.quantization.grids import WEIGHT_READINGS
 
 AUTO, INTEGER = "auto", "integer"
 RANGE_READINGS = ("sample", "chunk", "percentile", "mse", "entropy")
-"""sample: the extremes of every sample, averaged. chunk: the extremes over a chunk of samples, averaged over chunks.
+"""Methods for activation ranges.
 
-The others are made from the distribution over all images: percentile: what 99.99 % of the values do not exceed
-("percentile:99.9" for another share). mse: least squared error at the layer's bits. entropy: least KL at the layer's bits."""
+sample: lowest and highest value of each sample, averaged. chunk: those of each chunk of samples, averaged. The others use the
+distribution over all images. percentile: the range of 99.99 % of the values ("percentile:99.9" for another share). mse: the
+least squared error at the layer's bits. entropy: the least KL at the layer's bits."""
 WEIGHT_RANGES = ("minmax", "mse")
-"""minmax: the grid reaches over all weights of a channel. mse: over the part of them with the least squared error."""
+"""minmax: the grid covers all weights of a channel. mse: it is clipped for the least squared error."""
 _EXTREMES = ("sample", "chunk")
 _PERCENT = 99.99
 
@@ -46,17 +47,17 @@ def histogram_reading(text: str) -> tuple[str, float]:
 
 
 class Bits(NamedTuple):
-  """Bits of weights and of activations; None leaves them in float."""
+  """Bits of weights and of activations; None means float."""
 
   weights: int | None
   activations: int | None
 
   @classmethod
   def parse(cls, text: str) -> Bits:
-    """Read "4w8a" (32 stands for float) or "float".
+    """Parse "4w8a" (32 means float) or "float".
 
     Raises:
-      RuleError: another form, or bits outside 2 to 8.
+      RuleError: the text has another form, or bits are not 2 to 8.
     """
     if text == "float":
       return cls(None, None)
@@ -83,12 +84,12 @@ class LayerRule:
 
 @dataclasses.dataclass(frozen=True)
 class QuantRules:
-  """Bits of every layer. Always: the first override that matches wins, then first/last, then the default.
+  """Bits of every layer. Invariant: the first override that matches wins, then first/last, then the default.
 
   Attributes:
     bits: the default.
-    first_last: bits of the first convolution and of the last layer in execution order, or None.
-    overrides: pairs of a pattern and bits; a pattern is a layer path, a regular expression that matches a whole path,
+    first_last: bits of the first convolution and of the last layer in execution order, or None: the default.
+    overrides: pairs of a pattern and bits. A pattern is a layer path, a regular expression that matches a whole path,
       "1x1", "first" or "last".
     weights: reading of weight bits, a name in `WEIGHT_READINGS`; or "auto": affine from 4 bits, symfull at 2 and 3; or "integer":
       affine0 from 4 bits, symfull at 2 and 3, all of which have an integer form.
@@ -129,18 +130,18 @@ class QuantRules:
     ranges: str = "sample",
     weights_range: str = "minmax",
   ) -> QuantRules:
-    """Read rules from text: `parse("4w4a", first_last="8w8a", overrides={"layer3_.*": "8w8a", "1x1": "8w8a"})`.
+    """Parse rules: `parse("4w4a", first_last="8w8a", overrides={"layer3_.*": "8w8a", "1x1": "8w8a"})`.
 
     Args:
-      bits: "4w4a": 4 bit weights, 4 bit activations; 2 to 8 bits, 32 for float, or "float" for both.
-      first_last: the same, for the first convolution and the last layer.
+      bits: "4w4a" means 4-bit weights and 4-bit activations; 2 to 8 bits, 32 for float, or "float" for both.
+      first_last: bits of the first convolution and the last layer, or None: as `bits`.
       overrides: `{path, regular expression, "1x1", "first" or "last": bits}`; the first that matches a layer wins.
-      weights: "auto", "integer", "affine", "affine0", "sym", "symfull" or "midrise".
-      ranges: "sample", "chunk", "percentile" or "percentile:99.9", "mse" or "entropy".
+      weights: weight scheme: "auto", "integer", "affine", "affine0", "sym", "symfull" or "midrise".
+      ranges: range method: "sample", "chunk", "percentile" or "percentile:99.9", "mse" or "entropy".
       weights_range: "minmax" or "mse".
 
     Raises:
-      RuleError: naming the text and the expected form.
+      RuleError: an argument has another form; the message has the expected one.
     """
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
     return cls(
@@ -154,7 +155,7 @@ class QuantRules:
 
   @property
   def needs_histograms(self) -> bool:
-    """Whether activation ranges are made from distributions, not from the extremes of each image."""
+    """Whether activation ranges need histograms, not only the extremes of each image."""
     return self.ranges not in _EXTREMES
 
   def reading(self, weight_bits: int | None) -> str | None:
@@ -209,7 +210,7 @@ class QuantRules:
     return ", ".join(parts)
 
   def to_json(self) -> dict[str, Any]:
-    """A JSON-able dict that `from_json` reads; the default range of the weights is left out, as it was in older files."""
+    """A JSON-able dict for `from_json`. The default `weights_range` is left out, as in older files."""
     optional = {} if self.weights_range == "minmax" else {"weights_range": self.weights_range}
     return {
       "bits": str(self.bits),
@@ -222,10 +223,10 @@ class QuantRules:
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> QuantRules:
-    """Rules that `to_json` wrote.
+    """Rules from the dict of `to_json`.
 
     Raises:
-      RuleError: the value has other keys, or bad ones.
+      RuleError: the value has other keys or values.
     """
     expected = [field.name for field in dataclasses.fields(cls) if field.name != "weights_range"]
     if not isinstance(value, Mapping) or sorted(set(value) - {"weights_range"}) != sorted(expected):

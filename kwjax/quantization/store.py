@@ -1,4 +1,4 @@
-"""A quantized network as a folder: float weights, rules, ranges and, where they exist, integer weights."""
+"""A quantized network as a folder: float weights, rules, ranges and, if they exist, integer weights."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FORMAT = 1
 
 
 def save_quantized(quantized: QuantizedNetwork, folder: str | pathlib.Path) -> None:
-  """Write the float network, `quantization.json` and, for layers whose levels are integers, `integer.safetensors`.
+  """Write the float network, `quantization.json` and, for layers with integer levels, `integer.safetensors`.
 
-  `quantization.json` is written last and holds the checksums of the others, so an interrupted save is found out.
-  The integer file holds `LAYER/q` i8, `LAYER/scale` f32, `LAYER/zero` i32, value = (q - zero) * scale. Where weight ranges
-  are not the whole ones, `weight_clips.safetensors` holds the shares that are left out, `LAYER/lo` and `LAYER/hi` f32.
+  `quantization.json` is written last and holds the checksums of the others, so an interrupted save is detected. The
+  integer file holds `LAYER/q` i8, `LAYER/scale` f32, `LAYER/zero` i32, with value = (q - zero) * scale. If weight ranges
+  are clipped, `weight_clips.safetensors` holds the clipped shares, `LAYER/lo` and `LAYER/hi` f32.
 
   Raises:
     KwjaxError: the folder cannot be written.
@@ -68,11 +68,11 @@ def save_quantized(quantized: QuantizedNetwork, folder: str | pathlib.Path) -> N
 
 
 def load_quantized(folder: str | pathlib.Path, *, module: nn.Module | None = None) -> QuantizedNetwork:
-  """Read a network that `save_quantized` wrote; its logits are those of the network that was saved.
+  """Read a network that `save_quantized` wrote; it gives the same logits.
 
   Args:
-    folder: as written.
-    module: the Flax module, for a network that is not in `kwjax.models`.
+    folder: of `save_quantized`.
+    module: the Flax module, if the architecture is not in `kwjax.models`.
 
   Raises:
     WeightsError: a file is missing, damaged or belongs to another network.
@@ -84,7 +84,7 @@ def load_quantized(folder: str | pathlib.Path, *, module: nn.Module | None = Non
     if digest is not None:
       _check_digest(folder / file, digest)
   network = load_network(folder, module=module)
-  # Folders of versions without clips do not name them.
+  # Folders of older versions have no clips.
   clips = _clips(folder, content["clips_sha256"]) if content.get("clips_sha256") else {}
   try:
     rules = QuantRules.from_json(content["rules"])
@@ -112,7 +112,7 @@ def _clips(folder: pathlib.Path, digest: str) -> WeightClips:
 
 
 def _arrays(path: pathlib.Path, digest: str) -> dict[str, dict[str, jnp.ndarray]]:
-  """`{layer: {field: array}}` of a file with names LAYER/FIELD, layers sorted: safetensors has another order at every call."""
+  """`{layer: {field: array}}` of a file with names LAYER/FIELD; sorted, as the order in safetensors varies."""
   try:
     arrays = safetensors.numpy.load(_check_digest(path, digest))
   except (safetensors.SafetensorError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Which part of its range every output channel's weights keep: the share with the least squared error, found once."""
+"""Clipping of weight ranges: the shares of each output channel with the least squared error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kwjax.quantization.grids import Clip, weight_grid
 from kwjax.quantization.rules import LayerRule, QuantRules
 
 WeightClips = dict[str, Clip]
-"""`{layer: Clip}`; layers that are not there keep their whole range."""
+"""`{layer: Clip}`; other layers keep their whole range."""
 
 _LARGEST_CUT = 0.48
 _STEPS = 49
@@ -34,12 +34,12 @@ class _Found(NamedTuple):
 
 
 def kernel_path(layer: str) -> tuple[str, ...]:
-  """Where a layer's kernel is in the flattened parameters."""
+  """Path of a layer's kernel in the flattened parameters."""
   return (*(() if layer == "<top>" else layer.split("/")), "kernel")
 
 
 def channel_axes(kernel: Array, layer: intercept.Layer) -> tuple[int, ...]:
-  """The axes of a kernel that belong to one output channel; nn.scan may have stacked kernels along leading axes.
+  """The axes of a kernel inside one output channel; nn.scan can stack kernels along leading axes.
 
   Raises:
     RuleError: the kernel is stacked along another axis than the first.
@@ -57,7 +57,7 @@ def channel_axes(kernel: Array, layer: intercept.Layer) -> tuple[int, ...]:
 
 @functools.partial(jax.jit, static_argnames=("reading", "bits", "axes"))
 def mse_clip(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...]) -> Clip:
-  r"""The share of each channel's range that is cut off for the least $\sum_w (w - Q(w))^2$.
+  r"""The shares to clip from each channel's range for the least $\sum_w (w - Q(w))^2$.
 
   Cuts from 0 to 0.48 in steps of 0.01 of the range: both ends alike, and for the readings with two free ends then each end in
   turn, three times, which may miss the best pair of cuts. No channel's error is greater than without cuts.
@@ -66,7 +66,7 @@ def mse_clip(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...]) 
     weights: kernel, any float type.
     reading: a name in `WEIGHT_READINGS`.
     bits: 2 to 8.
-    axes: the axes that belong to one channel.
+    axes: the axes inside one channel.
 
   Returns:
     Clip, f32 of the kernel's rank with size 1 along `axes`, each in [0, 0.48].
@@ -97,7 +97,7 @@ def mse_clip(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...]) 
 
 
 def weight_clips(network: Network, rules: QuantRules) -> WeightClips:
-  """What `rules.weights_range` cuts off every quantized kernel: nothing for "minmax".
+  """The clips of every quantized kernel for `rules.weights_range`: none for "minmax".
 
   Args:
     network: with the float weights.
@@ -123,13 +123,13 @@ def weight_clips(network: Network, rules: QuantRules) -> WeightClips:
 
 
 def check_clips(network: Network, rules: Mapping[str, LayerRule], clips: WeightClips, *, complete: bool) -> None:
-  """Refuse shares that are not of this network's kernels.
+  """Refuse clips that do not fit this network's kernels.
 
   Args:
     network: with the float weights.
     rules: of `QuantRules.resolve`.
-    clips: the shares.
-    complete: whether every layer with quantized weights needs them.
+    clips: to check.
+    complete: whether every layer with quantized weights needs one.
 
   Raises:
     RuleError: a layer is missing, unknown or float, or its shares have another shape or are not in [0, 0.5).

@@ -1,4 +1,4 @@
-"""Run a network with the arithmetic of low precision: wrappers of its forward pass, and the network made of them."""
+"""Runs a network in simulated low precision: wrappers of its forward pass, and `QuantizedNetwork`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RANGE = "activation_range"
 
 
 def kernel_grid(kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Clip | None = None) -> Grid:
-  """The grid of each output channel of a layer's kernel, which nn.scan may have stacked along leading axes.
+  """The grid of each output channel of a layer's kernel; nn.scan can stack kernels along leading axes.
 
   Raises:
     RuleError: the kernel is stacked along another axis than the first.
@@ -38,15 +38,15 @@ def kernel_grid(kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Cl
 def quantize_weights(
   apply: ApplyFn, network: Network, rules: QuantRules, clips: Mapping[str, Clip] | None = None
 ) -> ApplyFn:
-  """Wrap `apply`: kernels are rounded to their grid, which follows the kernel's current values at every call.
+  """Wrap `apply`: round kernels to their grid, which follows the kernel's values at every call.
 
-  Gradients reach the float kernels that the wrapped function is given, straight through the rounding.
+  Gradients reach the float kernels through the straight-through estimator.
 
   Args:
     apply: what to wrap.
-    network: the float network, which says what layers there are.
-    rules: bits of each.
-    clips: of `weight_clips`, constants; layers that are not there keep the whole range of their weights.
+    network: the float network, for its layers.
+    rules: bits of each layer.
+    clips: of `weight_clips`, constants; other layers keep the whole range of their weights.
   """
   layers = {layer.name: layer for layer in intercept.matmul_layers(network)}
   chosen = {name: rule for name, rule in rules.resolve(network).items() if rule.weight_bits is not None}
@@ -62,16 +62,16 @@ def quantize_weights(
 
 
 def quantize_inputs(apply: ApplyFn, network: Network, rules: QuantRules, ranges: Ranges) -> ApplyFn:
-  """Wrap `apply`: the input of every convolution and dense layer is rounded to the levels of its calibrated range.
+  """Wrap `apply`: round the input of every convolution and dense layer to the levels of its calibrated range.
 
   Args:
     apply: what to wrap.
-    network: the float network, which says what layers there are.
-    rules: bits of each.
-    ranges: `{layer: (lo, hi)}`, constants: no gradient flows to them.
+    network: the float network, for its layers.
+    rules: bits of each layer.
+    ranges: `{layer: (lo, hi)}`, constants without a gradient.
 
   Raises:
-    KwjaxError: (when called) a layer sits in a lifted transform that keeps its range from it.
+    KwjaxError: when called, if a lifted transform does not pass a layer its range.
   """
   bits = {
     name: rule.activation_bits for name, rule in rules.resolve(network).items() if rule.activation_bits is not None
@@ -98,16 +98,16 @@ def quantize_inputs(apply: ApplyFn, network: Network, rules: QuantRules, ranges:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedNetwork:
-  """A network in simulated low precision: used wherever a `Network` is; a pytree of its float variables and its ranges.
+  """A network in simulated low precision, used like a `Network`; a pytree of its float variables and its ranges.
 
-  Always: biases, BatchNorm and residual additions are float; `variables` are the float ones, rounded at every call.
+  Invariant: biases, BatchNorm and residual additions are float. `variables` are float and rounded at every call.
 
   Attributes:
     network: the float network that holds the weights.
     rules: bits of every layer.
     ranges: activation range of every layer with quantized inputs.
-    clips: share of its weights' range that each layer's grid leaves out; empty unless `rules.weights_range` is "mse".
-      They are constants: under distillation the grids follow the weights and keep the shares.
+    clips: clipped shares of each layer's weight range; empty unless `rules.weights_range` is "mse". They are constants:
+      in distillation the grids follow the weights and keep the shares.
   """
 
   network: Network
@@ -116,16 +116,16 @@ class QuantizedNetwork:
   clips: WeightClips = dataclasses.field(default_factory=dict)
 
   def tree_flatten(self) -> tuple[tuple[Network, Ranges, WeightClips], QuantRules]:
-    """Children: the network, the ranges and the clips; the rules are static."""
+    """Children: the network, the ranges and the clips. The rules are static."""
     return (self.network, self.ranges, self.clips), self.rules
 
   @classmethod
   def tree_unflatten(cls, rules: QuantRules, children: tuple[Network, Ranges, WeightClips]) -> QuantizedNetwork:
-    """Rebuild from children, which may be placeholders."""
+    """Rebuild from children, which can be placeholders."""
     return cls(children[0], rules, *children[1:])
 
   def forward(self, variables: Variables, images: Array) -> tuple[Array, Variables]:
-    """Logits f32[b,k] of images f32[b,h,w,c] in [0,1] and what wrappers left; gradients pass through the rounding.
+    """Logits f32[b,k] of images f32[b,h,w,c] in [0,1], and recorded values; gradients pass through the rounding.
 
     Args:
       variables: of the float network.
@@ -139,7 +139,7 @@ class QuantizedNetwork:
     return self.forward(self.variables, jnp.asarray(images))[0]
 
   def replace(self, **changes: Any) -> QuantizedNetwork:
-    """A copy with some fields of it or of its float network (`variables`, ...) changed."""
+    """The same with some fields of it or of its float network (`variables`, ...) changed."""
     own = {field.name for field in dataclasses.fields(self)}
     inner = {name: value for name, value in changes.items() if name not in own}
     outer = {name: value for name, value in changes.items() if name in own}
@@ -158,12 +158,12 @@ class QuantizedNetwork:
 
   @property
   def input_mean(self) -> Sequence[float]:
-    """Per channel mean of the training data, in [0, 1] pixel units."""
+    """Mean of the training data for each channel, in [0, 1] pixel units."""
     return self.network.input_mean
 
   @property
   def input_std(self) -> Sequence[float]:
-    """Per channel standard deviation, same units."""
+    """Standard deviation for each channel, same units."""
     return self.network.input_std
 
   @property
@@ -180,13 +180,13 @@ class QuantizedNetwork:
 def quantize(
   network: Network, rules: QuantRules, ranges: Ranges, *, clips: WeightClips | None = None
 ) -> QuantizedNetwork:
-  """The network in simulated low precision, by given rules and calibrated ranges.
+  """The network in simulated low precision, with given rules and calibrated ranges.
 
   Args:
     network: the float network.
     rules: bits of every layer.
-    ranges: of `calibrate`; layers whose inputs stay float need none.
-    clips: of `weight_clips`, where they are known already; default: found here if `rules.weights_range` asks for them.
+    ranges: of `calibrate`; layers with float inputs need none.
+    clips: of `weight_clips`; None: computed here if `rules.weights_range` is "mse".
 
   Raises:
     RuleError: a rule matches no layer.

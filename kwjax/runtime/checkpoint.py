@@ -1,4 +1,4 @@
-"""State of a running optimisation on disk: safe against a kill at any moment, checked bit by bit on its return."""
+"""Checkpoints of a run: safe against a kill at any time, and verified bit by bit when restored."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ __all__ = [
 
 PyTree = Any
 
-# What the system says when a file cannot be written, which libraries quote in errors of their own.
+# The system's texts for a file that cannot be written; libraries quote them in their own errors.
 _SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class Restored(NamedTuple):
-  """What `Checkpoints.restore` found: the step, the state as saved, and the small values kept beside it."""
+  """The result of `Checkpoints.restore`: the step, the state as saved, and the small values saved with it."""
 
   step: int
   state: PyTree
@@ -67,26 +67,26 @@ class Restored(NamedTuple):
 
 
 class _Damaged(Exception):
-  """One stored step cannot be trusted; the text says why."""
+  """One stored step is damaged; the text says why."""
 
 
 class Checkpoints:
   """The last few states of a run in `folder`.
 
-  Invariant: a step is in the folder as a whole or not at all, and what `restore` returns has the SHA-256 it was saved
-  with. Saving blocks until the step is on disk: an asynchronous save gains little at these sizes, and after a full disk
-  it has already dropped an older step.
+  Invariant: a step is in the folder whole or not at all, and `restore` returns arrays with the SHA-256 they were saved
+  with. Saving blocks until the step is on disk. An asynchronous save gains little at these sizes, and on a full disk it
+  would already have dropped an older step.
 
-  Use as a context manager. One process writes a folder at a time (`kwjax.runtime.workdir.lock_workdir`); of several
-  processes of one run, each that keeps checkpoints has a folder of its own.
+  Use it as a context manager. Only one process writes a folder at a time (`kwjax.runtime.workdir.lock_workdir`). With
+  several processes, each that keeps checkpoints has its own folder.
   """
 
   def __init__(self, folder: PathLike, *, keep: int = 2) -> None:
-    """Opens or makes the folder and removes what a killed save left behind.
+    """Open or make the folder, and remove the files of a killed save.
 
     Args:
-      folder: where the steps go; nothing else should be in it.
-      keep: how many steps stay, at least 1; with 2, one damaged step costs one interval.
+      folder: of the steps; nothing else should be in it.
+      keep: number of steps to keep, at least 1. With 2, one damaged step costs one interval.
 
     Raises:
       CheckpointError: `keep` is below 1, or the folder cannot be made.
@@ -100,9 +100,9 @@ class Checkpoints:
         shutil.rmtree(entry)
     except OSError as error:
       raise CheckpointError(f"cannot keep checkpoints in {self.folder}: {error.strerror}") from error
-    import orbax.checkpoint as ocp  # here and below, and not above: it takes longer to import than Flax
+    import orbax.checkpoint as ocp  # imported here: it takes longer to import than Flax
 
-    # Without this, Orbax would wait for the other processes of the run at every call.
+    # Otherwise Orbax waits for the other processes of the run at every call.
     alone = ocp.options.MultiprocessingOptions(
       primary_host=jax.process_index(),
       active_processes={jax.process_index()},
@@ -122,27 +122,27 @@ class Checkpoints:
     self.close()
 
   def close(self) -> None:
-    """Waits for what is under way and lets go of the folder."""
+    """Wait for pending work and release the folder."""
     self._manager.close()
 
   def steps(self) -> list[int]:
-    """The stored steps, oldest first; a damaged one is listed until `restore` has met it."""
+    """The stored steps, oldest first. A damaged step is listed until `restore` finds it."""
     return sorted(self._manager.all_steps())
 
   def save(
     self, step: int, state: PyTree, *, settings: Mapping[str, Any], extra: Mapping[str, Any] | None = None
   ) -> bool:
-    """Stores a state; returns when it is on disk.
+    """Store a state; returns when it is on disk.
 
     Args:
       step: number of the state; larger than every stored one.
       state: pytree of JAX or NumPy arrays of any dtype, typed random keys, and Python numbers. In a run of several
         processes each array must be whole on this host.
-      settings: what the state belongs to; `restore` compares it. Anything `canonical_json` takes.
-      extra: small values to keep beside the state, JSON too (batch number, history).
+      settings: of the run; `restore` compares them. Any value for `canonical_json`.
+      extra: small JSON values to save with the state (batch number, history).
 
     Returns:
-      False if this very step is stored already (a step is pure, so its state is the same), otherwise True.
+      False if this step is stored already (a step is pure, so its state is the same), otherwise True.
 
     Raises:
       CheckpointError: a later step is stored, or the disk is full; earlier steps are still there.
@@ -171,7 +171,7 @@ class Checkpoints:
     import orbax.checkpoint as ocp
 
     text = canonical_json(body)
-    # Orbax refuses arrays without elements; dtype and shape in the metadata say all there is to say about them.
+    # Orbax refuses arrays without elements; dtype and shape in the metadata describe them fully.
     stored = {storage_key(i): array for i, array in enumerate(arrays) if array.size}
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(stored or {"empty": np.zeros(1, np.int8)}),
@@ -180,7 +180,7 @@ class Checkpoints:
     try:
       with _without_log():
         self._manager.save(step, args=items, force=True)
-    # Orbax passes on what TensorStore, the file system and its own threads raise, without a common base class.
+    # Orbax passes on errors of TensorStore, the file system and its threads, without a common base class.
     except Exception as error:
       raise CheckpointError(
         f"cannot save step {step} in {self.folder}: {_first_line(error)}; earlier steps are unchanged: {self.steps()}"
@@ -188,15 +188,15 @@ class Checkpoints:
     return True
 
   def restore(self, template: PyTree, *, settings: Mapping[str, Any]) -> Restored | None:
-    """Returns the newest state whose every byte is as it was saved.
+    """Return the newest undamaged state.
 
-    A damaged step is reported with a warning, moved aside to `damaged-STEP`, and the step before is taken.
+    A damaged step gives a warning and is moved to `damaged-STEP`; the step before is used.
 
     Args:
       template: pytree with the structure, shapes and dtypes of the state; arrays or `jax.ShapeDtypeStruct`. Each leaf
         comes back as its template's kind: NumPy array, Python number, typed random key, or JAX array with the
         template's sharding.
-      settings: what the state must belong to, as given to `save`.
+      settings: as given to `save`.
 
     Returns:
       `Restored(step, state, extra)`, or None if nothing is stored.
@@ -226,7 +226,7 @@ class Checkpoints:
     return None
 
   def intact_steps(self, template: PyTree, *, settings: Mapping[str, Any]) -> list[int]:
-    """The stored steps whose every byte is as it was saved, oldest first; arguments and errors as of `restore`."""
+    """The undamaged steps, oldest first; arguments and errors as in `restore`."""
     intact = []
     for step in self.steps():
       try:
@@ -240,7 +240,7 @@ class Checkpoints:
     return intact
 
   def forget_after(self, step: int) -> None:
-    """Removes every stored step above `step`: another process of the run lacks it, so the run goes on from before it."""
+    """Remove every stored step above `step`: another process lacks it, so the run resumes from an earlier one."""
     for later in [stored for stored in self.steps() if stored > step]:
       self._manager.delete(later)
 
@@ -251,7 +251,7 @@ class Checkpoints:
       with _without_log():
         found = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
       text, expected = found["body"], found["sha256"]
-    # Whatever goes wrong while reading (lost file, bad JSON, missing key) means the same: this step is unusable.
+    # Any failure while reading (lost file, bad JSON, missing key) means that this step is unusable.
     except Exception as error:
       raise _Damaged(f"metadata unreadable, {_first_line(error)}") from error
     if hashlib.sha256(text.encode()).hexdigest() != expected:
@@ -289,13 +289,13 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-  """Keeps Orbax's threads from writing their tracebacks to the terminal: what they raise is reported in one sentence."""
+  """Keep Orbax's threads from printing tracebacks; their errors are reported in one sentence."""
 
   def drop(record: logging.LogRecord) -> bool:
     return False
 
   def drop_late(unraisable: Any) -> None:
-    # What TensorStore still had under way comes back to an event loop that Orbax has closed.
+    # Pending work of TensorStore returns to an event loop that Orbax has closed.
     if str(unraisable.exc_value) != "Event loop is closed":
       hook(unraisable)
 
@@ -313,6 +313,6 @@ def _first_line(error: Exception) -> str:
   system = [os.strerror(code) for code in _SYSTEM_ERRORS if os.strerror(code) in str(error)]
   if system or "RESOURCE_EXHAUSTED" in str(error):
     return system[0] if system else os.strerror(errno.ENOSPC)
-  # TensorStore names every layer that the error went through, the cause last, and after it all its settings.
+  # TensorStore lists every layer of the error, the cause last, and then all its settings.
   text = re.split(r" \[[a-z_]+=", (str(error).splitlines() or [""])[0])[0]
   return f"{type(error).__name__}: {text if len(text) <= 300 else f'{text[:80]} ... {text[-220:]}'}"

@@ -1,4 +1,4 @@
-"""The leaves of a stored state: how each is described, written as an array, and brought back as what it was."""
+"""The leaves of a checkpoint: their description, and the conversion to arrays and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PyTree = Any
 
 
 def named_leaves(tree: PyTree) -> tuple[list[str], list[Any]]:
-  """Paths and values of a pytree's leaves, in its order."""
+  """Paths and values of a pytree's leaves, in order."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   return [jax.tree_util.keystr(path) or "(root)" for path, _ in flat], [leaf for _, leaf in flat]
 
@@ -28,7 +28,7 @@ def is_key(leaf: Any) -> bool:
 
 
 def to_numpy(leaf: Any) -> np.ndarray:
-  """A leaf as an array in C order; of a random key, its data."""
+  """A leaf as an array in C order; for a random key, its data."""
   # order="C" gives the checksum one byte order; ascontiguousarray would turn a scalar into a vector.
   return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf, order="C")
 
@@ -44,10 +44,10 @@ def storage_key(index: int) -> str:
 
 
 def check_template(leaves: list[dict[str, Any]], template: PyTree, where: pathlib.Path) -> None:
-  """Refuse leaves, as the metadata of a checkpoint describes them, that are not those of `template`.
+  """Refuse a checkpoint whose metadata describes other leaves than those of `template`.
 
   Raises:
-    CheckpointError: naming the checkpoint and the first leaf that differs, with both forms.
+    CheckpointError: with the checkpoint, the first leaf that differs, and both its descriptions.
   """
   names, wanted = named_leaves(template)
   stored = [leaf["name"] for leaf in leaves]
@@ -66,7 +66,7 @@ def _describe(dtype: str, shape: Sequence[int], key: str | None) -> str:
 
 def _describe_template(like: Any) -> str:
   if is_key(like):
-    # A ShapeDtypeStruct does not tell which implementation its dtype stands for; a key of that dtype does.
+    # A ShapeDtypeStruct does not name the implementation behind its dtype; a key of that dtype does.
     concrete = like if isinstance(like, jax.Array) else jnp.zeros((), like.dtype)
     data = jax.eval_shape(jax.random.key_data, like)
     return _describe(data.dtype.name, data.shape, str(jax.random.key_impl(concrete)))
@@ -75,7 +75,7 @@ def _describe_template(like: Any) -> str:
 
 
 def like_template(arrays: list[np.ndarray], leaves: list[dict[str, Any]], template: PyTree) -> PyTree:
-  """The template's structure with stored values, each of its template's kind: see `Checkpoints.restore`."""
+  """The template's structure with the stored values; each has its template's kind, see `Checkpoints.restore`."""
   likes, structure = jax.tree_util.tree_flatten(template)
   restored = [_like(array, leaf, like) for array, leaf, like in zip(arrays, leaves, likes)]
   return jax.tree_util.tree_unflatten(structure, restored)

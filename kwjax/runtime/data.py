@@ -1,4 +1,4 @@
-"""Real images for measuring and evaluating: one function that opens every supported form, decoded only when read."""
+"""Real images for evaluation: one function opens every supported form. Images are decoded when read."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Batch = tuple[np.ndarray, np.ndarray | None, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-  """A data set of equally shaped images. Invariant: what is read is f32[n, *image_shape], finite, in [0, 1].
+  """A data set of images of one shape. Invariant: reading gives f32[n, *image_shape], finite, in [0, 1].
 
   Attributes:
-    name: what to call it in a report.
+    name: the name in reports.
     labels: i32[len], or None if the images have no classes.
     image_shape: (height, width, channels).
-    source: where the pixels come from.
+    source: reads the pixels.
   """
 
   name: str
@@ -37,7 +37,7 @@ class ImageData:
     return self.source.count
 
   def read(self, indices: np.ndarray | list[int]) -> np.ndarray:
-    """Decodes the images at `indices` (i[n], each in [0, len)) into f32[n,h,w,c] in [0, 1].
+    """Decode the images at `indices` (i[n], each in [0, len)) into f32[n,h,w,c] in [0, 1].
 
     Raises:
       DataError: an image cannot be decoded or does not have the shape of the set (named), or an index is out of range.
@@ -54,15 +54,15 @@ class ImageData:
     """Yields the images in order.
 
     Args:
-      batch_size: images a batch; the last batch may hold fewer.
+      batch_size: images in a batch; the last batch can hold fewer.
       start: index of the first image.
-      pad: fill the last batch up to `batch_size` with black images of label 0, so that one compilation serves all.
+      pad: pad the last batch to `batch_size` with black images of label 0, so that all batches have one shape.
 
     Yields:
-      (images f32[b,h,w,c], labels i32[b] or None, valid bool[b]); `valid` is False for filling.
+      (images f32[b,h,w,c], labels i32[b] or None, valid bool[b]); `valid` is False for padding.
 
     Raises:
-      DataError: as `read`; or `batch_size` is below 1 or `start` is outside the set.
+      DataError: as in `read`; or `batch_size` is below 1 or `start` is outside the set.
     """
     if batch_size < 1 or not 0 <= start <= len(self):
       raise DataError(f"expected batch_size >= 1 and 0 <= start <= {len(self)}, got {batch_size} and {start}")
@@ -77,7 +77,7 @@ class ImageData:
 
 
 def pad_batch(images: np.ndarray, labels: np.ndarray | None, size: int) -> Batch:
-  """Fills a batch with zeros up to `size` images and says which entries are real.
+  """Pad a batch with zeros to `size` images, and tell which entries are real.
 
   Args:
     images: f32[b,h,w,c], b <= size.
@@ -98,16 +98,16 @@ def pad_batch(images: np.ndarray, labels: np.ndarray | None, size: int) -> Batch
 def array_data(
   images: np.ndarray, labels: np.ndarray | None = None, *, name: str = "images", num_classes: int | None = None
 ) -> ImageData:
-  """A data set of images that are in memory already.
+  """A data set of images in memory.
 
   Args:
     images: [n,h,w,c]; integers in [0, 255] or floats in [0, 1].
     labels: integers [n] or [n,1], or None.
-    name: what to call the set.
+    name: of the set.
     num_classes: labels must be below it.
 
   Raises:
-    DataError: the arrays do not have that form.
+    DataError: the arrays have another form.
   """
   source = data_readers.ArraySource(data_readers.checked_pixels(np.asarray(images), name), name)
   return ImageData(name, checked_labels(labels, source.count, num_classes, name), source.native_shape(), source)
@@ -121,40 +121,41 @@ def load_data(
   split: str | None = None,
   limit: int | None = None,
 ) -> ImageData:
-  """Opens a data set of images.
+  """Open a data set of images.
 
-  Forms of `spec`; `:SPLIT` may follow each that has splits (default: test, then validation, then what there is):
+  Forms of `spec`; `:SPLIT` can follow a set that has splits (default: test, else validation, else any other):
     `FILE.npz`: `test_images`/`test_labels`, `x_test`/`y_test` (train, val likewise), or `images`/`labels`.
-    `FOLDER` or `FILE.zip` of images: named `CLASS_...` with CLASS an integer; or in one folder a class (folders in
-      sorted order are 0, 1, ...; a part of the ImageNet folders `nXXXXXXXX` keeps its places among the 1000 classes);
-      or without classes.
+    `FOLDER` or `FILE.zip` of images: named `CLASS_...` with CLASS an integer; or one folder for each class (sorted
+      folders are 0, 1, ...; a part of the ImageNet folders `nXXXXXXXX` keeps its indices among the 1000 classes); or
+      without classes.
     `FOLDER` or `FOLDER/PREFIX` of idx files, gzipped or not: `PREFIXt10k-images-idx3-ubyte.gz` and its siblings (MNIST,
       Fashion-MNIST, KMNIST, EMNIST), or one such file.
     `tfds:NAME` or `tfds:NAME/CONFIG:VERSION`: a prepared TensorFlow data set in array_record or parquet form, in
       `TFDS_DATA_DIR` or `~/tensorflow_datasets`; TensorFlow is not needed.
     `tfds:FOLDER`: the same by its folder (the one with `dataset_info.json`), as `kwjax.save_tfds` writes.
 
-  Photographs - image files, and tfds sets whose images differ in size - that do not have the wanted size are resized,
-  antialiased and bilinear, until the shorter side is 256/224 of the wanted one (not if they already have that size), and
-  the centre is cut out: the usual ImageNet evaluation. Sets of equal images (arrays, idx, other tfds sets) are shown
-  whole: larger ones, such as STL-10's, are resized likewise until the shorter side is the wanted one, smaller ones are
-  refused. 28x28 images wanted at 32x32 get a black border of two pixels, which keeps every stroke as it was drawn. Grey
-  images of idx and tfds sets become RGB by repetition where three channels are wanted.
+  Images of another size are resized, antialiased and bilinear:
+
+  - Photographs, which are image files and tfds sets with images of several sizes: the shorter side becomes 256/224 of the
+    wanted one, and the centre is cropped. This is the usual ImageNet evaluation.
+  - Sets of images of one size (arrays, idx, other tfds sets): the shorter side becomes the wanted one. Smaller images are
+    refused. 28x28 images for 32x32 get a black border of two pixels instead, which keeps the strokes.
+  - Grey images of idx and tfds sets become RGB by repetition if three channels are wanted.
 
   Args:
     spec: see above.
     image_shape: (height, width, channels) wanted; None keeps the shape of the first image.
     num_classes: labels must be in [0, num_classes).
     split: the split, instead of `:SPLIT`.
-    limit: take the first `limit` images, in the order of the file or of the sorted names.
+    limit: use the first `limit` images, in the order of the file or of the sorted names.
 
   Returns:
     `ImageData`; images in folders, zips and tfds sets are decoded each time they are read.
 
   Raises:
-    DataError: nothing there (for a tfds set with the command that prepares it), an unknown form or split, no images,
-      wrong channels or size, pixels outside the range or NaN, or labels outside the classes; images in files are checked
-      when read, and the file is named.
+    DataError: the data is missing (for a tfds set, with the command that prepares it), the form or split is unknown,
+      there are no images, or channels, size, pixels or labels are out of range. Image files are checked when read; the
+      message names the file.
   """
   path, split = _split_of(spec, split)
   if limit is not None and limit < 1:
@@ -202,10 +203,10 @@ def checked_labels(labels: np.ndarray | None, count: int, num_classes: int | Non
 
 
 def _split_of(spec: str, split: str | None) -> tuple[str, str | None]:
-  """Cuts `:SPLIT` off; the `:1.2.3` of a tfds name is a version, and a colon may be part of a path that exists."""
+  """Split off `:SPLIT`. The `:1.2.3` of a tfds name is a version, and an existing path can contain a colon."""
   prefix = "tfds:" if spec.startswith("tfds:") else ""
   rest = spec.removeprefix(prefix)
-  # A tfds split may hold a colon itself, as in `train[:10%]`.
+  # A tfds split can contain a colon, as in `train[:10%]`.
   match = re.fullmatch(r"(.+):([^:\[\]]+(?:\[[^\]]*\])?)", rest)
   if match is None:
     return spec, split

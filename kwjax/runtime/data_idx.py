@@ -11,14 +11,14 @@ import numpy as np
 from kwjax.errors import DataError
 from kwjax.runtime.data_readers import UNREADABLE, ArraySource, Source, checked_pixels
 
-# The test split is called t10k by MNIST and its drop-in replacements, test by EMNIST; some unpacked copies have a dot.
+# MNIST and its drop-in replacements call the test split t10k, EMNIST test; some unpacked files have a dot.
 _IMAGES = re.compile(r"(.*?)(t10k|test|train|[^-]*)-images[-.]idx3-ubyte(\.gz)?")
 _SPLITS = {"test": ("t10k", "test"), "train": ("train",)}
 FORM = "PREFIXt10k- or PREFIXtrain-images-idx3-ubyte.gz"
 
 
 def find_idx(path: pathlib.Path) -> list[pathlib.Path]:
-  """The image files that `path` stands for: a folder, one of its files, or a folder with the front of a file name."""
+  """The image files of `path`: a folder, one of its files, or a folder and a file name prefix."""
   if path.is_file():
     return [path] if _IMAGES.fullmatch(path.name) else []
   folder, prefix = (path, "") if path.is_dir() else (path.parent, path.name)
@@ -28,19 +28,19 @@ def find_idx(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def open_idx(path: pathlib.Path, found: list[pathlib.Path], split: str | None) -> tuple[Source, np.ndarray | None]:
-  """Opens the images of one split, and the labels if their file is there; grey images may be read as RGB.
+  """Open the images of one split, and the labels if their file exists; grey images can be read as RGB.
 
   Args:
-    path: what the user named, for errors.
+    path: as the user gave it, for errors.
     found: its image files.
-    split: test, train, or what stands before `-images` in the file name; None takes test before train.
+    split: test, train, or the file name before `-images`; None prefers test to train.
 
   Raises:
-    DataError: no or several files are of that split, or a file is damaged.
+    DataError: the split has no file or several, or a file is damaged.
   """
   for name in [split] if split else list(_SPLITS):
     chosen = [p for p in found if _split_name(p) in _SPLITS.get(name, (name,))]
-    # The compressed original goes before its unpacked copy beside it.
+    # The compressed original is preferred to an unpacked file beside it.
     by_stem = {
       p.name.removesuffix(".gz").replace(".idx", "-idx"): p
       for p in sorted(chosen, key=lambda p: p.suffix != ".gz", reverse=True)
@@ -73,7 +73,7 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
   """An idx file, gzipped or not: 0, 0, type 8 (uint8), number of axes, each axis as big-endian u32, then the bytes.
 
   Raises:
-    DataError: it is not one, or it is damaged.
+    DataError: it is not an idx file, or is damaged.
   """
   try:
     data = path.read_bytes()

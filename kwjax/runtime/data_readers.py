@@ -1,4 +1,4 @@
-"""The forms images come in: arrays, folders and zips; each reads one image as f32[h,w,c] in [0, 1]."""
+"""Sources of images: arrays, folders and zips. Each reads one image as f32[h,w,c] in [0, 1]."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kwjax.errors import DataError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _IGNORED = (".", "__MACOSX")
-"""What the names of files and folders begin with that hold no images of the set."""
+"""Prefixes of files and folders without images of the set."""
 _SPLITS = {"test": ("test",), "validation": ("validation", "val", "valid"), "train": ("train",)}
 # What decoders raise for a damaged or hostile file: `decode` OSError, SyntaxError (PNG) and ValueError; zipfile
 # BadZipFile, zlib.error (an Exception of its own), EOFError, RuntimeError (a password, an unknown compression); NumPy
@@ -93,7 +93,7 @@ class FileSource:
     return height, width, 3
 
   def read(self, index: int, shape: Shape) -> np.ndarray:
-    """Image `index` as f32[shape] in [0, 1]; grey, palette and CMYK files become what the shape asks for."""
+    """Image `index` as f32[shape] in [0, 1]; grey, palette and CMYK files are converted to its channels."""
     name = self.names[index]
     return fit(self._decode(name, shape[2]), shape, f"{self.place}, image {name}")
 
@@ -107,7 +107,7 @@ class FileSource:
 
 
 def decode(data: bytes, channels: int) -> np.ndarray:
-  """Decodes a JPEG, PNG, ... into uint8[h,w,channels], 1 (grey) or 3 (RGB); raises what PIL raises for a bad one."""
+  """Decode a JPEG, PNG, ... into uint8[h,w,channels], 1 (grey) or 3 (RGB); raises PIL's error for a bad file."""
   import PIL.Image
 
   try:
@@ -131,13 +131,12 @@ def fit(
   Args:
     pixels: uint8[h,w,c], or f32[h,w,c] in [0, 1].
     shape: (height, width, channels) wanted.
-    name: what to call the image in an error.
-    grey_to_rgb: repeat one channel three times where three are wanted.
-    photographs: of any size, shown as the usual ImageNet evaluation does; else the image is one of a set of equal
-      ones, and all of it is shown.
+    name: of the image, for errors.
+    grey_to_rgb: repeat one channel three times if three are wanted.
+    photographs: crop as in the usual ImageNet evaluation; else the image is of a set of one size and shown whole.
 
   Raises:
-    DataError: the channels differ, or an image of a set of equal ones is smaller than wanted.
+    DataError: the channels differ, or an image of a set of one size is smaller than wanted.
   """
   if grey_to_rgb and pixels.shape[2] == 1 and shape[2] == 3:
     pixels = np.repeat(pixels, 3, axis=2)
@@ -145,7 +144,7 @@ def fit(
     raise DataError(f"{name}: expected {shape[2]} channels, found an image {describe_shape(pixels.shape)}")
   if pixels.shape[:2] != shape[:2]:
     if pixels.shape[:2] == (28, 28) and shape[:2] == (32, 32):
-      # Interpolation would blur the strokes and change the statistics; a border only adds more of the background.
+      # Interpolation would blur the strokes and change the statistics; a border only adds background.
       pixels = np.pad(pixels, ((2, 2), (2, 2), (0, 0)))
     elif photographs or (pixels.shape[0] >= shape[0] and pixels.shape[1] >= shape[1]):
       pixels = _resize_and_crop(pixels, shape[0], shape[1], 256 / 224 if photographs else 1.0)
@@ -163,7 +162,7 @@ def _resize_and_crop(pixels: np.ndarray, height: int, width: int, margin: float)
   old_height, old_width = pixels.shape[:2]
   if min(old_height, old_width) != side:
     scale = side / min(old_height, old_width)
-    # PIL's `reducing_gap` stays off: it would change the result for the sake of speed.
+    # Without PIL's `reducing_gap`, which changes the result.
     pixels = _resize(pixels, max(int(old_height * scale), side), max(int(old_width * scale), side))
   top, left = round((pixels.shape[0] - height) / 2), round((pixels.shape[1] - width) / 2)
   return pixels[top : top + height, left : left + width]
@@ -172,7 +171,7 @@ def _resize_and_crop(pixels: np.ndarray, height: int, width: int, margin: float)
 def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
   import PIL.Image
 
-  # A channel at a time serves any number of channels, and floats keep their precision in mode "F".
+  # One channel at a time: any number of channels works, and floats keep their precision in mode "F".
   channels = [PIL.Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(pixels.shape[2])]
   bilinear = PIL.Image.Resampling.BILINEAR
   return np.stack([np.asarray(channel.resize((width, height), bilinear)) for channel in channels], axis=-1)
@@ -193,17 +192,17 @@ def checked_pixels(images: np.ndarray, name: str) -> np.ndarray:
     return images
   upper = 1 if images.dtype.kind == "f" else 255
   low, high = images.min(), images.max()
-  # NaN fails every comparison, so the test asks for what must hold.
+  # NaN fails every comparison, so the test states what must hold.
   if not (low >= 0 and high <= upper):
     raise DataError(f"{name}: {images.dtype} pixels must be in [0, {upper}] without NaN, found {low:g}..{high:g}")
   return images.astype(np.float32 if upper == 1 else np.uint8)
 
 
 def open_path(path: pathlib.Path, split: str | None, num_classes: int | None) -> tuple[Source, np.ndarray | None]:
-  """Opens an .npz, a zip or a folder as `load_data` describes; labels are not checked yet.
+  """Open an .npz, a zip or a folder as `load_data` describes; labels are not checked yet.
 
   Raises:
-    DataError: nothing is there, it cannot be read, or the form is unknown.
+    DataError: the path does not exist, cannot be read, or has an unknown form.
   """
   if path.suffix == ".npz" and path.is_file():
     return _open_npz(path, split)
@@ -226,10 +225,10 @@ def open_path(path: pathlib.Path, split: str | None, num_classes: int | None) ->
 
 
 def _names_below(folder: pathlib.Path) -> list[str]:
-  """Image files in a folder and those in it, by relative path, sorted; what they are shows when they are read.
+  """Image files in a folder and its subfolders, by relative path, sorted; they are not opened.
 
   Raises:
-    DataError: a folder cannot be read. Left out silently it would shift the labels of all classes after it.
+    DataError: a folder cannot be read. Skipping it would shift the labels of all classes after it.
   """
 
   def refuse(error: OSError) -> None:
@@ -278,7 +277,7 @@ def _class_indices(folders: list[str], num_classes: int | None, place: str) -> d
 
 def _open_npz(path: pathlib.Path, split: str | None) -> tuple[Source, np.ndarray | None]:
   try:
-    # np.load leaves a path open that turns out to be no archive.
+    # np.load leaves a path open that is no archive.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
       keys = _npz_keys(path, list(arrays.files), split)
       images, labels = (arrays[key] if key else None for key in keys)

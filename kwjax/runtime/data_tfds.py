@@ -16,19 +16,19 @@ from kwjax.runtime.tfds import tfds
 from kwjax.runtime.tfds_writer import is_data_set
 
 PREPARABLE = ("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn_cropped", "stl10", "imagenet2012")
-"""Names that `python -m experiments.prepare_data` makes out of the original files."""
+"""Names of the sets that `python -m experiments.prepare_data` makes."""
 _ORDER = ("test", "validation", "train")
 
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-  """Examples with an `image`, by number; grey images are repeated where three channels are wanted.
+  """Examples with an `image`, by index; grey images are repeated if three channels are wanted.
 
   Attributes:
     name: for errors.
     examples: of tensorflow-datasets.
-    count: how many of them.
-    channels: of images that come encoded; None where they come as arrays.
+    count: their number.
+    channels: of encoded images; None for arrays.
     photographs: see `fit`.
   """
 
@@ -57,33 +57,33 @@ class TfdsSource:
     try:
       image = self.examples[index]["image"]
       pixels = np.asarray(image) if self.channels is None else decode(image, self.channels)
-    # array_record, protobuf and the image decoder have no error in common.
+    # array_record, protobuf and the image decoder share no error class.
     except Exception as error:
       raise _unreadable(self.name, f"image {index}", error) from error
     if pixels.ndim != 3 or pixels.dtype not in (np.uint8, np.float32):
       raise DataError(f"{where}: expected uint8 or float32[h,w,c], found {pixels.dtype}{list(pixels.shape)}")
-    # NaN fails every comparison, so the test asks for what must hold.
+    # NaN fails every comparison, so the test states what must hold.
     if pixels.dtype == np.float32 and not (pixels.min() >= 0 and pixels.max() <= 1):
       raise DataError(f"{where}: float pixels must be in [0, 1], found {pixels.min():g}..{pixels.max():g}")
     return pixels
 
 
 def open_tfds(name: str, split: str | None, limit: int | None) -> tuple[Source, np.ndarray | None]:
-  """Opens a prepared data set.
+  """Open a prepared data set.
 
   Args:
     name: as tensorflow-datasets writes it, `NAME[/CONFIG][:VERSION]`, in the folder `TFDS_DATA_DIR` or
       `~/tensorflow_datasets`; or the folder of a data set.
-    split: a split or a slice of one, such as `train[:10%]`; None takes the first of test, validation, train and the
-      others that has labels.
-    limit: labels are read for that many images only.
+    split: a split or a slice of one, such as `train[:10%]`; None: the first of test, validation, train and the others
+      that has labels.
+    limit: read only that many labels.
 
   Returns:
     The source and the labels i64[n], None if the split has none.
 
   Raises:
-    DataError: the data set is unknown, is not prepared (with the command that does it), lacks the split, or its
-      examples have no image.
+    DataError: the data set is unknown, is not prepared (the message has the command that prepares it), lacks the split,
+      or its examples have no image.
   """
   builder = _builder(name)
   if "image" not in (builder.info.features or {}):
@@ -117,11 +117,11 @@ def _open_split(builder: Any, name: str, split: str, limit: int | None) -> tuple
   features = builder.info.features
   image = features["image"]
   is_image = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8 and image.shape[-1] in (1, 3)
-  # Left to tensorflow-datasets, the pixels of a JPEG would depend on whether OpenCV is installed.
+  # In tensorflow-datasets, the pixels of a JPEG depend on whether OpenCV is installed.
   channels = image.shape[-1] if is_image else None
   skip = {"image": tfds.decode.SkipDecoding()}
   try:
-    # Without files there is no format either, and the error would be about that.
+    # Without files there is no format, and the error would name that instead.
     if not builder.info.splits:
       raise FileNotFoundError(str(builder.data_dir))
     examples = builder.as_data_source(split, decoders=skip if channels else None)
@@ -133,7 +133,7 @@ def _open_split(builder: Any, name: str, split: str, limit: int | None) -> tuple
   source = TfdsSource(name, examples, count, channels, None in image.shape)
   if "label" not in features or not count:
     return source, None
-  # Decoding the images to learn the labels would double the time of a run over a large set.
+  # Labels are read without decoding the images, which would double the time of a run over a large set.
   undecoded = builder.as_data_source(split, decoders=skip)
   labels = np.concatenate([_labels(name, undecoded, range(count)[i : i + 256]) for i in range(0, count, 256)])
   # Some sets publish a test split without its labels, marked -1.

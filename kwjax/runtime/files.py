@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, their checksums, and the settings that a stored result belongs to."""
+"""Files that are whole or absent, their checksums, and the settings of a stored result."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from kwjax.errors import CheckpointError, KwjaxError
 PathLike = str | os.PathLike[str]
 
 SEAL = "sha256"
-"""Key of a JSON file under which it holds the checksum of its other keys."""
+"""Key of the checksum of the other keys in a JSON file."""
 
 
 def atomic_write(path: PathLike, data: bytes) -> pathlib.Path:
-  """Writes `data` to `path` so that a reader, or a crash at any moment, sees the old file or the new one, never a part.
+  """Write `data` to `path`. A reader, or a crash at any time, sees the old file or the new one, never a part.
 
   The bytes go to a temporary file in the same folder, are flushed to the disk, and are then renamed over `path`.
 
   Args:
-    path: the file to write; missing parent folders are made.
-    data: its whole content.
+    path: of the file; missing parent folders are made.
+    data: the whole content.
 
   Returns:
     `path` as a `pathlib.Path`.
 
   Raises:
-    KwjaxError: the disk is full or the folder cannot be written; an earlier file at `path` is still there, unchanged.
+    KwjaxError: the disk is full or the folder cannot be written. An earlier file at `path` is unchanged.
   """
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -50,13 +50,13 @@ def atomic_write(path: PathLike, data: bytes) -> pathlib.Path:
     with contextlib.suppress(OSError):
       temporary.unlink()
     raise KwjaxError(
-      f"cannot write {path} ({len(data):,} bytes): {error.strerror or error}; what was there before is unchanged"
+      f"cannot write {path} ({len(data):,} bytes): {error.strerror or error}; an earlier file is unchanged"
     ) from error
   return path
 
 
 def sha256_file(path: PathLike) -> str:
-  """SHA-256 of a file's content, 64 hexadecimal digits; the file is read in blocks, so it may be larger than memory.
+  """SHA-256 of a file's content, 64 hexadecimal digits. It is read in blocks, so it can be larger than memory.
 
   Raises:
     OSError: the file cannot be read.
@@ -66,7 +66,7 @@ def sha256_file(path: PathLike) -> str:
 
 
 def canonical_json(value: Any) -> str:
-  """The one JSON text of `value`: sorted keys, no spaces; tuples become lists, NumPy scalars numbers, paths text.
+  """The canonical JSON text of `value`: sorted keys, no spaces; tuples as lists, NumPy scalars as numbers, paths as text.
 
   Raises:
     TypeError: a value has no JSON form.
@@ -75,7 +75,7 @@ def canonical_json(value: Any) -> str:
 
 
 def write_json(path: PathLike, value: Any) -> pathlib.Path:
-  """Writes `value` as strict, indented JSON with `atomic_write`.
+  """Write `value` as strict, indented JSON with `atomic_write`.
 
   Args:
     path: the file to write.
@@ -91,7 +91,7 @@ def write_json(path: PathLike, value: Any) -> pathlib.Path:
 
 
 def read_json(path: PathLike) -> Any:
-  """Reads a JSON file.
+  """Read a JSON file.
 
   Raises:
     CheckpointError: the file is missing, unreadable or is not JSON.
@@ -105,13 +105,13 @@ def read_json(path: PathLike) -> Any:
 
 
 def write_sealed_json(path: PathLike, content: Mapping[str, Any]) -> pathlib.Path:
-  """Writes a mapping as `write_json` does, with one key more, `sha256`, that `read_sealed_json` checks.
+  """Write a mapping like `write_json`, with the key `sha256` added, which `read_sealed_json` checks.
 
   sha256 = SHA-256 of `canonical_json(content)`, so white space and the order of keys do not matter.
 
   Args:
     path: the file to write.
-    content: as for `write_json`, with text as keys and without a key `sha256`.
+    content: as in `write_json`, with text as keys and without the key `sha256`.
 
   Raises:
     KwjaxError: the file cannot be written.
@@ -125,8 +125,7 @@ def read_sealed_json(path: PathLike) -> dict[str, Any]:
   """The content that `write_sealed_json` wrote, without its checksum.
 
   Raises:
-    CheckpointError: the file is missing or unreadable, is not a JSON mapping, or its content does not have the checksum
-      that it states.
+    CheckpointError: the file is missing or unreadable, is not a JSON mapping, or does not match its checksum.
   """
   content = read_json(path)
   if not isinstance(content, dict) or content.pop(SEAL, None) != seal(content):
@@ -135,19 +134,19 @@ def read_sealed_json(path: PathLike) -> dict[str, Any]:
 
 
 def seal(content: Mapping[str, Any]) -> str:
-  """SHA-256 of the canonical JSON of a mapping, as it reads after a round trip through a file."""
+  """SHA-256 of the canonical JSON of a mapping, the same after a round trip through a file."""
   return hashlib.sha256(canonical_json(json.loads(canonical_json(content))).encode()).hexdigest()
 
 
 def settings_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-  """Names each setting in which two runs differ, with both values.
+  """The settings in which two runs differ, with both values.
 
   Args:
     stored: settings found in a file; nested mappings are compared key by key.
-    current: settings of this run, in any form that `canonical_json` accepts.
+    current: settings of this run, any value for `canonical_json`.
 
   Returns:
-    One text a difference, such as `objective.beta is 0.001 there and 0.01 now`; empty if the settings agree.
+    One text for each difference, such as `objective.beta is 0.001 there and 0.01 now`; empty if they agree.
   """
   there, now = _flat(json.loads(canonical_json(stored))), _flat(json.loads(canonical_json(current)))
   return [
@@ -158,7 +157,7 @@ def settings_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) 
 
 
 def check_settings(where: PathLike, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-  """Raises `CheckpointError` that names `where` and every differing setting, unless the settings agree."""
+  """Raise `CheckpointError` with `where` and every differing setting, unless the settings agree."""
   differences = settings_differences(stored, current)
   if differences:
     raise CheckpointError(
@@ -167,7 +166,7 @@ def check_settings(where: PathLike, stored: Mapping[str, Any], current: Mapping[
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-  """Nested mappings as one from dotted keys to JSON text, in which NaN equals NaN; an empty mapping is a value."""
+  """Nested mappings as one mapping from dotted keys to JSON text. NaN equals NaN; an empty mapping is a value."""
   if not isinstance(value, Mapping) or (not value and prefix):
     return {prefix: canonical_json(value)}
   flat: dict[str, str] = {}
@@ -187,7 +186,7 @@ def _plain(value: Any) -> Any:
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
-  """Makes a rename survive a power cut; not every file system can flush a folder, and a mere crash does not need it."""
+  """Make a rename survive a power cut, if the file system can flush a folder. A crash alone does not need it."""
   with contextlib.suppress(OSError):
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Many small arrays as few: what a transfer, a call or a result costs an array, a network of hundreds pays once."""
+"""Many small arrays as a few large ones, as each transfer, call or result has a cost for each array."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import numpy as np
 
 PyTree = Any
 
-_SMALL = 32 * 1024  # bytes of an array whose copy inside a program costs nothing beside the rest
+_SMALL = 32 * 1024  # bytes; copying a smaller array inside a program costs almost nothing
 
 
 class _Slot(NamedTuple):
-  """Where a leaf lies: in which of the arrays, from which element on, and its shape behind the leading axes."""
+  """Place of a leaf: its array, its first element, and its shape after the leading axes."""
 
   array: int
-  start: int | None  # None: it is that array
+  start: int | None  # None: the leaf is the whole array
   shape: tuple[int, ...]
 
 
 @jax.tree_util.register_pytree_node_class
 class Packed:
-  """A pytree some of whose leaves lie one after the other in one array a type; itself a pytree, of those arrays.
+  """A pytree with some leaves concatenated into one array for each type; itself a pytree of those arrays.
 
-  Axes may be added in front of its arrays or taken away, a leading one of devices for example: `unpack` counts from behind.
+  Leading axes of its arrays, such as one of devices, can be added or removed: `unpack` counts axes from the end.
   """
 
   def __init__(self, arrays: list[Any], structure: Hashable, slots: tuple[_Slot, ...]) -> None:
@@ -36,13 +36,13 @@ class Packed:
 
   def tree_flatten(self) -> tuple[list[Any], tuple[int, Hashable, tuple[_Slot, ...]]]:
     """Children: the arrays."""
-    # To jaxlib 0.10 the structures of two dataclasses with alike fields are equal, which would make one program of two networks;
+    # jaxlib 0.10 takes the structures of two dataclasses with the same fields as equal, and would confuse two networks;
     # their hashes differ.
     return self.arrays, (hash(self._structure), self._structure, self._slots)
 
   @classmethod
   def tree_unflatten(cls, static: tuple[int, Hashable, tuple[_Slot, ...]], arrays: Any) -> Self:
-    """Rebuild without a look at the arrays: JAX also unflattens with placeholders."""
+    """Rebuild without validation: JAX also unflattens with placeholders."""
     return cls(list(arrays), *static[1:])
 
   def unpack(self) -> PyTree:
@@ -58,29 +58,29 @@ class Packed:
 
 
 def pack_rows(tree: PyTree) -> Packed:
-  """All leaves [b, ...] of a pytree in one array [b, k] a type, for what a program returns."""
+  """All leaves [b, ...] of a pytree as one array [b, k] for each type, for the result of a program."""
   leaves, structure = jax.tree.flatten(tree)
   return _pack(leaves, structure, range(len(leaves)), 1, jnp.concatenate)
 
 
 def pack_constants(tree: PyTree) -> Packed:
-  """The small ones of a pytree's arrays on the host in one array a type; leaves of other kinds stay what they are.
+  """The small arrays of a pytree on the host as one array for each type; other leaves stay unchanged.
 
-  Of MobileNetV2's 262 arrays 236 hold the 0.6 MB of its BatchNorm layers: copies of all to two devices take 13 ms, packed 1.4.
+  Most arrays of a network are small vectors of its BatchNorm layers, and copying each to each device takes longer.
   """
   leaves, structure = jax.tree.flatten(tree)
   return _pack(leaves, structure, [i for i, leaf in enumerate(leaves) if _is_small(leaf)], 0, np.concatenate)
 
 
 def unpacked(tree: PyTree) -> PyTree:
-  """A pytree with every `Packed` in it replaced by what it holds."""
+  """A pytree with every `Packed` in it replaced by its content."""
   return jax.tree.map(lambda node: node.unpack() if _is_packed(node) else node, tree, is_leaf=_is_packed)
 
 
 def _pack(
   leaves: Sequence[Any], structure: Hashable, chosen: Sequence[int], lead: int, concatenate: Callable[..., Any]
 ) -> Packed:
-  """The chosen leaves one after the other behind `lead` axes, after all others as they are."""
+  """The chosen leaves concatenated after `lead` axes; all other leaves come first, unchanged."""
   packed = frozenset(chosen)
   others = [i for i in range(len(leaves)) if i not in packed]
   slots = {i: _Slot(n, None, ()) for n, i in enumerate(others)}

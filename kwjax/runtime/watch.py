@@ -34,7 +34,7 @@ _NOWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))  # 
 
 
 def listen() -> tuple[socket.socket, tuple[int, str]]:
-  """Process 0's end: a listening socket, and the port and the password for the others."""
+  """The listening socket of process 0, with the port and the password for the others."""
   dual = socket.has_dualstack_ipv6()
   family = socket.AF_INET6 if dual else socket.AF_INET
   listener = socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=1024)
@@ -45,7 +45,7 @@ def accept(listener: socket.socket, token: str, count: int) -> dict[int, socket.
   """Connections of all other processes, by their number.
 
   Raises:
-    KwjaxError: one did not come.
+    KwjaxError: a process did not connect.
   """
   found: dict[int, socket.socket] = {}
   deadline = time.monotonic() + _CONNECT_SECONDS
@@ -62,7 +62,7 @@ def accept(listener: socket.socket, token: str, count: int) -> dict[int, socket.
       if secrets.compare_digest(word, token) and number.isdecimal():
         found[int(number)] = connection
       else:
-        connection.close()  # a stranger
+        connection.close()  # not a process of this run
   return found
 
 
@@ -101,10 +101,10 @@ def connect(hosts: Sequence[str], port: int, token: str, index: int) -> dict[int
 
 
 class Watch:
-  """A thread that listens to the other processes; invariant: the process ends soon after another one is gone."""
+  """A thread that listens to the other processes. Invariant: this process ends soon after another one is gone."""
 
   def __init__(self, index: int, count: int, peers: dict[int, socket.socket]) -> None:
-    """Starts the thread.
+    """Start the thread.
 
     Args:
       index: this process.
@@ -159,12 +159,12 @@ class Watch:
       self._send("stop")
 
   def say_goodbye(self) -> None:
-    """Tell the others that this process is done, and that its end is no failure."""
+    """Tell the others that this process is done, so that its end is no failure."""
     self._leaving.set()
     self._send("bye")
 
   def say_failed(self) -> None:
-    """Tell the others that this process ends with an error of its own."""
+    """Tell the others that this process ends with an error."""
     self._leaving.set()
     self._send(f"failed {self._index}")
     deadline = time.monotonic() + self._last_seconds
@@ -173,7 +173,7 @@ class Watch:
 
   @property
   def _last_seconds(self) -> float:
-    """How long process 0 stays for the others to read its last word: JAX's service, which it hosts, would end them."""
+    """How long process 0 waits for the others to read its last message; JAX's service, which it hosts, would end them."""
     return _GRACE_SECONDS + 3.0 if self._index == 0 else 0.0
 
   def _drain(self, deadline: float) -> None:
@@ -189,7 +189,7 @@ class Watch:
     with self._send_lock:
       for peer, connection in list(self._peers.items()):
         if peer != but:
-          # Whoever cannot be reached is found out by the listening end.
+          # The listening thread finds a peer that cannot be reached.
           with contextlib.suppress(OSError):
             try:
               connection.sendall(f"{text}\n".encode())
@@ -223,7 +223,7 @@ class Watch:
           self._send("beat")
         before, paused = time.monotonic(), time.monotonic() - before > 3 * _BEAT_SECONDS
         if paused:
-          # This process was suspended, and perhaps all of them were: nobody was listened to.
+          # This process was suspended, and perhaps all were, so no silence counts.
           heard = dict.fromkeys(heard, before)
         for peer in [p for p in self._peers if time.monotonic() - heard[p] > _SILENCE_SECONDS]:
           selector.unregister(self._peers[peer])
@@ -249,11 +249,11 @@ class Watch:
     return word == "bye"
 
   def _end(self, lost: int, how: str) -> None:
-    """End this process, since it would wait for the lost one for ever."""
+    """End this process, which would otherwise wait for the lost one forever."""
     if self._index == 0:
       self._send(f"{how} {lost}", but=lost)
     if how == "failed":
-      # The error may be one that all processes met; then each should say so itself.
+      # All processes may have the same error; then each should report it.
       self._leaving.wait(_GRACE_SECONDS)
     if self._leaving.is_set():
       return

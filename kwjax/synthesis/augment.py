@@ -1,4 +1,4 @@
-"""Differentiable random views of a batch: copies, crop-resize, zero-padded crop, flip, cutout."""
+"""Differentiable random views of a batch: crop and resize, zero-padded crop, flip, cutout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """What is drawn anew for every copy at every step. The default changes nothing.
+  """Augmentation that is drawn anew for every view at every step. The default changes nothing.
 
   Attributes:
     crop_resize: range of the relative area of a random crop, resized bilinearly to the full size; None is off.
@@ -24,8 +24,8 @@ class Augmentation:
     pad_crop: pixels of zero padding before a random crop of the original size (4 at 32x32 is how CIFAR networks are
       trained); 0 is off.
     flip: mirror horizontally with probability 1/2.
-    cutout: side of a square that is blanked with the input mean, relative to the image side; 0 is off.
-    keep_first: leave the first copy of every image as it is, so that not only the views get the right statistics.
+    cutout: side of a square that is set to the input mean, relative to the image side; 0 is off.
+    keep_first: leave the first view of every image unchanged, so that the images themselves get the right statistics.
   """
 
   crop_resize: tuple[float, float] | None = None
@@ -44,26 +44,26 @@ class Augmentation:
 
   @classmethod
   def paper(cls) -> Augmentation:
-    """Random cutout, crop-resize and flip, the set that Haroush et al. (2020) name in Appendix A.1."""
+    """Random cutout, crop and resize, and flip: the set in Appendix A.1 of Haroush et al. (2020)."""
     return cls(crop_resize=(0.4, 1.0), flip=True, cutout=0.25)
 
   @classmethod
   def training(cls, image_size: int) -> Augmentation:
-    """What the network itself was trained on: padded crop and flip at CIFAR's size, random resized crop and flip above."""
+    """The usual training augmentation: padded crop and flip at CIFAR's size, random resized crop and flip above."""
     return cls(pad_crop=image_size // 8, flip=True) if image_size <= 64 else cls(crop_resize=(0.4, 1.0), flip=True)
 
   @property
   def is_identity(self) -> bool:
-    """Whether a view is the image itself."""
+    """Whether every view equals its image."""
     return dataclasses.replace(self, keep_first=False) == Augmentation()
 
 
 class Views(NamedTuple):
-  """Random numbers of a batch of views, as what is done with them.
+  """The random draws for a batch of views.
 
   Attributes:
-    rows: f32[v,h], the row of the image that each row of the view looks at; beyond the image for one of padding.
-    columns: f32[v,w], the same for columns; a flip is the positions upside down.
+    rows: f32[v,h], the image row that each row of the view samples; a position outside the image is zero padding.
+    columns: f32[v,w], the same for columns; a flip reverses them.
     keep: f32[v,h,w], zero inside the cutout.
   """
 
@@ -73,11 +73,11 @@ class Views(NamedTuple):
 
 
 def draw_views(key: Array, indices: Array, height: int, width: int, config: Augmentation) -> Views:
-  """Draw one view for every index; index i always gets the same view, on however many devices.
+  """Draw one view for every index. Index i gets the same view on any number of devices.
 
   Args:
     key: PRNG key of the step.
-    indices: i32[v], numbers of the views within the whole batch.
+    indices: i32[v], index of each view within the whole batch.
     height: rows h.
     width: columns w.
     config: what to draw.
@@ -99,7 +99,7 @@ def draw_views(key: Array, indices: Array, height: int, width: int, config: Augm
 
 
 def _positions(size: int, side: Array, position: Array, pad_position: Array, pad: int) -> Array:
-  """f32[size], where the rows of a bilinear crop-resize followed by a zero-padded crop look."""
+  """f32[size], the positions that the rows of a bilinear crop and resize with a zero-padded crop sample."""
   out = jnp.arange(size, dtype=jnp.float32)
   if pad:
     out = out + jnp.floor(pad_position * (2 * pad + 1)) - pad
@@ -114,13 +114,13 @@ def apply_views(images: Array, views: Views, fill: Array, config: Augmentation) 
     images: f32[b,h,w,c].
     views: v views, v a multiple of b; views i*n .. i*n+n-1 are of image i.
     fill: f32[c], colour of the cutout.
-    config: what the views were drawn by.
+    config: the augmentation that drew the views.
 
   Returns:
     f32[v,h,w,c].
   """
-  copies = views.rows.shape[0] // images.shape[0]
-  repeated = jnp.repeat(images, copies, axis=0) if copies > 1 else images
+  per_image = views.rows.shape[0] // images.shape[0]
+  repeated = jnp.repeat(images, per_image, axis=0) if per_image > 1 else images
   magnification = 1.0 if config.crop_resize is None else config.crop_resize[0] ** -0.5
   moved = resample(repeated, views.rows, views.columns, magnification)
   keep = views.keep[..., None]
@@ -136,20 +136,20 @@ def augment(
   fill: Array | float = 0.0,
   offset: Array | int = 0,
 ) -> Array:
-  """In-batch augmentation of Haroush et al. (2020), section 3.2: every image as n independently drawn copies.
+  """In-batch augmentation of Haroush et al. (2020), section 3.2: n independent views of every image.
 
-  Of large images (`kwjax.synthesis.resample`) it can be differentiated in reverse mode only.
+  On large images (`kwjax.synthesis.resample`) only reverse-mode differentiation works.
 
   Args:
     images: f32[b,h,w,c] in [0,1].
     key: PRNG key of the step.
     config: what to draw.
-    duplicates: copies n of each image.
+    duplicates: number n of views of each image.
     fill: f32[c] or a number, colour of the cutout, in [0,1].
     offset: index of the first image within the whole batch over all devices.
 
   Returns:
-    f32[b*n,h,w,c]; copies of one image are neighbours.
+    f32[b*n,h,w,c]; views of one image are neighbours.
   """
   if config.is_identity:
     return jnp.repeat(images, duplicates, axis=0) if duplicates > 1 else images

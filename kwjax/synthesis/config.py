@@ -17,23 +17,24 @@ SCHEMES = ("bns", "inception", "bns+inception", "gaussian", "deepinversion")
 
 @dataclasses.dataclass(frozen=True)
 class SynthesisConfig:
-  """How images are made. `for_network` gives the settings that were measured to be best, `preset` the published ones.
+  """Settings of a synthesis. `for_network` gives the best settings measured, `preset` the published ones.
 
   Attributes:
-    scheme: what reports call it, the work is done by `objective`; "gaussian" draws noise and optimizes nothing.
+    scheme: "bns", "inception", "bns+inception", "deepinversion", "gaussian" or your own. It is the name in reports;
+      `objective` defines what is optimized. "gaussian" draws noise and optimizes nothing.
     objective: terms and weights.
-    augmentation: what each copy undergoes at each step.
+    augmentation: drawn anew for each view at each step.
     steps: Adam steps.
-    batch_size: images optimized together; statistics are over all of them, all their copies and all devices.
-    duplicates: independently augmented copies of each image in a step.
+    batch_size: images optimized together; statistics are over all their views and all devices.
+    duplicates: number of views of each image in a step.
     learning_rate: Adam's, in pixel units of [0,1].
-    schedule: "drops": the learning rate is multiplied by `drop_factor` at each step in `drops`; "cosine": it falls to
-      zero along a cosine.
-    drops: see schedule.
-    drop_factor: see schedule.
+    schedule: "drops": multiply the learning rate by `drop_factor` at each step in `drops`; "cosine": decay it to zero
+      along a cosine.
+    drops: steps of the schedule "drops".
+    drop_factor: factor of the schedule "drops".
     betas: Adam's decay rates.
     init: starting point: "randn", "uniform" or "dead_leaves".
-    labels: "random" targets, or "balanced" over the whole set.
+    labels: target classes for the terms that use them: "random", or "balanced" over the whole set.
   """
 
   scheme: str = "bns"
@@ -69,43 +70,46 @@ class SynthesisConfig:
 
   @property
   def is_optimized(self) -> bool:
-    """Whether pixels are optimized; the Gaussian scheme only draws."""
+    """Whether pixels are optimized; the Gaussian scheme only draws them."""
     return self.scheme != "gaussian"
 
   def learning_rate_at(self) -> optax.Schedule:
-    """Step -> learning rate, as `schedule` says."""
+    """The schedule as a function from step to learning rate."""
     if self.schedule == "cosine":
       return optax.cosine_decay_schedule(self.learning_rate, max(self.steps, 1))
     return optax.piecewise_constant_schedule(self.learning_rate, dict.fromkeys(self.drops, self.drop_factor))
 
   def replace(self, **changes: Any) -> SynthesisConfig:
-    """A copy with some fields changed."""
+    """The same settings with some fields changed."""
     return dataclasses.replace(self, **changes)
 
   def with_steps(self, steps: int) -> SynthesisConfig:
-    """The same run with another number of steps; drops keep their place relative to the whole."""
+    """The same settings with another number of steps; drops keep their relative place."""
     drops = tuple(sorted({max(1, round(drop * steps / self.steps)) for drop in self.drops})) if self.steps else ()
     return self.replace(steps=steps, drops=drops)
 
   def to_json(self) -> dict[str, Any]:
-    """All settings as JSON-able values; the name stands for a term of your own."""
+    """All settings as JSON-able values; your own terms by name."""
     settings = dataclasses.asdict(dataclasses.replace(self, objective=dataclasses.replace(self.objective, extra=())))
     settings["objective"]["extra"] = [[name, weight] for name, weight, _ in self.objective.extra]
     return settings
 
   @classmethod
   def for_network(cls, scheme: str, image_size: int) -> SynthesisConfig:
-    """Defaults for a scheme: what was measured to be best within a few hundred steps.
+    """Defaults for a scheme: the best settings measured within a few hundred steps.
 
-    Against the published settings: dead leaves instead of noise as the starting point; a cosine instead of drops; and
-    log(1 + KL), because a few rarely active channels of networks with ReLU6 would otherwise outweigh all others. A single
-    view of each image, because each further one makes a step as much longer. And another augmentation: random resized
-    crop and flip on large images; on small ones flip and a crop with one pixel of zero padding in 32, fewer than the
-    networks were trained with, so that the images themselves get the right statistics and not their views alone, and
-    no resizing, which hides noise at the scale of a pixel from the network.
+    They differ from the published settings:
+
+    - The images start from dead leaves instead of noise.
+    - The schedule is a cosine instead of drops.
+    - The divergence is log(1 + KL). A few rarely active channels of networks with ReLU6 would outweigh all others.
+    - Each image has one view. Every further view costs as much time again.
+    - Large images use a random resized crop and flip.
+    - Small images use a flip and a crop with one pixel of zero padding in 32. This is less than in training, so the images
+      themselves get the right statistics, not only their views. They are not resized, as that hides pixel noise.
 
     Args:
-      scheme: one of SCHEMES, or a key of OWN_SCHEMES.
+      scheme: "bns", "inception", "bns+inception", "deepinversion", "gaussian", or a key of OWN_SCHEMES.
       image_size: shorter side of the images in pixels.
 
     Raises:
@@ -165,14 +169,14 @@ class SynthesisConfig:
 
 
 OWN_SCHEMES: dict[str, Callable[[int], SynthesisConfig]] = {}
-"""Schemes of your own, `{name: function of the shorter side of the images in pixels}`, for `for_network`; see the docs."""
+"""Your own schemes for `for_network`: `{name: function of the shorter image side in pixels}`."""
 
 
 def _gentle(image_size: int) -> Augmentation:
   return Augmentation(pad_crop=max(1, image_size // 32), flip=True)
 
 
-# Row: (batch size, copies, whether it follows the long schedules).
+# Row: (batch size, views, whether it follows the long schedules).
 PAPER_ROWS: dict[str, tuple[int, int, bool]] = {
   "resnet44_cifar10": (800, 4, False),
   "wrn28_10_cifar100": (256, 4, False),

@@ -1,4 +1,4 @@
-"""The dead leaves image model: flat-coloured shapes that hide one another, laid front to back."""
+"""The dead leaves image model: flat-coloured shapes that hide one another, drawn front to back."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ RADII = (0.03, 1.0)
 
 MAX_LEAVES = 5000
 _CHUNK = 32  # leaves drawn and tested at a time
-_WORDS = 9  # random numbers a leaf: radius, centre, kind, turn, corners
-_FEW = 32  # pixels, below which gathering the rest does not pay
-_PARTS = (1, 2, 8)  # of the pixels: what a stage tests; each stage is compiled
+_WORDS = 9  # random numbers for each leaf: radius, centre, kind, turn, corners
+_FEW = 32  # pixels; below, gathering the uncovered ones costs more than it saves
+_PARTS = (1, 2, 8)  # share of the pixels that a pass tests; each pass is compiled
 _NONE = -1
-_TOGETHER = 64  # images at a time: what a step looks at stays in the cache, and few wait for the slowest
+_TOGETHER = 64  # images at a time: they stay in the cache, and few wait for the slowest
 
 
 @functools.cache
 def _radius_table(smallest: float, largest: float) -> np.ndarray:
-  """Radii at equal steps of the cumulative distribution of density r^-3 - largest^-3."""
+  """Quantiles of the radii at equal steps, for the density r^-3 - largest^-3."""
   radii = np.linspace(smallest, largest, 20_000)
   cumulative = np.cumsum(radii**-3.0 - largest**-3.0)
   return np.interp(np.linspace(0.0, 1.0, 4096), cumulative / cumulative[-1], radii).astype(np.float32)
@@ -49,11 +49,11 @@ def dead_leaves(
   max_leaves: int = MAX_LEAVES,
   devices: Sequence[jax.Device] = (),
 ) -> Array:
-  """Dead leaves: overlapping flat-coloured shapes whose radii follow a power law, as objects in natural images do.
+  """Dead leaves: overlapping flat-coloured shapes. Their radii follow a power law, as objects in natural images do.
 
-  Leaves are laid front to back and a pixel keeps the first that covers it: the same process as painting back to front,
-  exactly stationary, and reproducible from the key. Radius density r^-3 - r_max^-3 between the bounds, centres uniform in
-  the image, colours uniform in [0,1]^c, shapes uniform over those that are named.
+  Leaves are drawn front to back, and a pixel keeps the first leaf that covers it. This equals painting back to front. The
+  radius density is r^-3 - r_max^-3 between the bounds. Centres are uniform in the image, colours in [0,1]^c, and shapes
+  over those that are named. The key determines the images.
 
   Args:
     key: PRNG key.
@@ -62,11 +62,11 @@ def dead_leaves(
     shapes: "mixed", or one or several of circle, square, oriented_square, rectangle, triangle, quadrilateral.
     radii: smallest and largest radius as shares of the longer side; no leaf is smaller than one pixel.
     max_leaves: a pixel that none of them covers stays black.
-    devices: those that lay the leaves of a part of the images each, at the same time; empty: JAX's default one. An image
-      depends on the key and its index alone.
+    devices: each draws a part of the images at the same time; empty: JAX's default device. An image depends only on the
+      key and its index.
 
   Returns:
-    f32[n,h,w,c] in [0,1], on the first of the devices.
+    f32[n,h,w,c] in [0,1], on the first device.
 
   Raises:
     KwjaxError: a shape is unknown, or the bounds are not 0 < smallest < largest.
@@ -88,14 +88,14 @@ def dead_leaves(
     parts = [lay(placed, jnp.int32(start)) for start in range(first, max(last, first + 1), together)]
     return jnp.concatenate(parts)[: max(last - first, 0)]
 
-  # A thread each: a CPU device computes a loop of unknown length in the thread that asks for it.
+  # One thread each: a CPU device runs a loop of unknown length in the calling thread.
   with concurrent.futures.ThreadPoolExecutor(len(places)) as threads:
     shares = list(threads.map(share, range(len(places))))
   return jnp.concatenate([jax.device_put(part, places[0]) for part in shares])
 
 
 def checked_radii(radii: tuple[float, float]) -> tuple[float, float]:
-  """Smallest and largest radius as floats; raises KwjaxError unless 0 < smallest < largest."""
+  """Smallest and largest radius as floats. Raises KwjaxError unless 0 < smallest < largest."""
   smallest, largest = map(float, radii)
   if not 0.0 < smallest < largest < float("inf"):
     raise KwjaxError(f"radii of dead leaves need 0 < smallest < largest, found {smallest:g} and {largest:g}")
@@ -103,7 +103,7 @@ def checked_radii(radii: tuple[float, float]) -> tuple[float, float]:
 
 
 def shape_indices(shapes: str | Sequence[str]) -> tuple[int, ...]:
-  """Places of shapes in `LEAF_SHAPES`; raises KwjaxError for an unknown one."""
+  """Indices of shapes in `LEAF_SHAPES`. Raises KwjaxError for an unknown shape."""
   names = LEAF_SHAPES if shapes == MIXED else (shapes,) if isinstance(shapes, str) else tuple(shapes)
   unknown = [name for name in names if name not in LEAF_SHAPES]
   if unknown or not names:
@@ -128,11 +128,11 @@ def lay_leaves(
 ) -> Array:
   """Images `first` to `first + count`: for each pixel the number of the first leaf that covers it, then its colour.
 
-  A pixel that is covered needs no further tests, and most are covered soon: when at most a half, and then an eighth, of the
-  pixels of every image are left, these are gathered and only they are tested.
+  Covered pixels need no further tests, and most are covered soon. When at most a half, and then an eighth, of the pixels
+  of every image are uncovered, these are gathered and only they are tested.
 
   Args:
-    key: PRNG key of all images; image i depends on it and i alone.
+    key: PRNG key of all images; image i depends only on it and i.
     first: i32[], index of the first image.
     count: number of images n.
     image_shape: (h, w, c).
@@ -157,7 +157,7 @@ def lay_leaves(
     number, winner, edges = carry
     hit = _first_hit(edges, *_coordinates(where, height, width))
     found = (winner == _NONE) & (hit < _CHUNK) & (number + hit < max_leaves)
-    # The next leaves are drawn here, a step ahead: XLA:CPU would fuse drawing and testing, and draw anew for every pixel.
+    # The next leaves are drawn one step ahead: XLA:CPU would fuse drawing and testing, and draw again for every pixel.
     return number + _CHUNK, jnp.where(found, number + hit, winner), leaves(number + _CHUNK)
 
   number, edges = jnp.int32(0), leaves(jnp.int32(0))
@@ -175,7 +175,7 @@ def lay_leaves(
     winners = local if size == pixels else winners.at[jnp.arange(count)[:, None], where].set(local, mode="drop")
     if smaller:
       left = jax.vmap(lambda w, s=smaller: jnp.nonzero(w == _NONE, size=s, fill_value=w.shape[0])[0])(local)
-      # What fills up the lists lies outside of the image and counts as covered.
+      # Padding of the lists is outside of the image and counts as covered.
       where = jax.vmap(lambda p, i: p.at[i].get(mode="fill", fill_value=pixels))(where, left)
       local = jnp.where(where < pixels, _NONE, 0)
 
@@ -195,7 +195,7 @@ def _first_hit(edges: list[list[Array]], y: Array, x: Array) -> Array:
   """Index of the first of l leaves that covers each pixel (y, x) f32[b,p], else l; i32[b,p].
 
   Args:
-    edges: four inequalities q (y^2 + x^2) + a y + b x + c >= 0 a leaf, as four lists of q, a, b, c f32[b,l].
+    edges: four inequalities q (y^2 + x^2) + a y + b x + c >= 0 for each leaf, as lists of q, a, b, c f32[b,l].
     y: rows from the middle of the image.
     x: columns from the middle of the image.
   """
@@ -214,10 +214,10 @@ def _first_hit(edges: list[list[Array]], y: Array, x: Array) -> Array:
 def _edges(
   bits: Array, height: int, width: int, kinds: tuple[int, ...], radii: tuple[float, float]
 ) -> list[list[Array]]:
-  """Leaves as inequalities of `_first_hit`; only the first of a leaf's four has a q, for discs.
+  """Leaves as inequalities of `_first_hit`; only the first of the four has a q, for discs.
 
   Args:
-    bits: u32[b,9,l], what is random about l leaves of b images.
+    bits: u32[b,9,l], random bits of l leaves for b images.
     height: of the image, in pixels.
     width: the same.
     kinds: indices into `LEAF_SHAPES` to choose from.
@@ -249,10 +249,10 @@ def _uniform(bits: Array) -> Array:
 
 
 def _corners(kind: Array, turn: Array, free: Sequence[Array]) -> list[Array]:
-  """Where the four corners of polygons lie on their circles, in order and in turns, from numbers uniform in [0, 1)."""
+  """Angles of the four corners of polygons on their circles, ascending, in turns, from uniform numbers in [0, 1)."""
   half = turn / 4
   rectangle = (half, 0.5 - half, 0.5 + half, 1.0 - half)
-  # The first corner stands twice in a triangle: an edge of length zero excludes nothing.
+  # A triangle has its first corner twice: an edge of length zero excludes nothing.
   first, second, third, fourth = free
   triangle, quadrilateral = _sorted(first, second, third, first), _sorted(first, second, third, fourth)
   found = []
@@ -265,7 +265,7 @@ def _corners(kind: Array, turn: Array, free: Sequence[Array]) -> list[Array]:
 
 
 def _direction(turns: Array) -> tuple[Array, Array]:
-  """Sine and cosine of an angle in turns, to 2e-5: Taylor's series, a tenth of the time of XLA:CPU's own functions."""
+  """Sine and cosine of an angle in turns, to 2e-5, by Taylor series; XLA:CPU's own functions are slower."""
   t = turns - jnp.round(turns)
   square = t * t
   sine, cosine = jnp.zeros_like(t), jnp.zeros_like(t)
@@ -277,7 +277,7 @@ def _direction(turns: Array) -> tuple[Array, Array]:
 
 
 def _sorted(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, Array, Array, Array]:
-  """In ascending order by comparisons alone: a general sort is a loop with a call for each pair on a CPU."""
+  """Sorted ascending by comparisons: a general sort is a loop with a call for each pair on a CPU."""
   a, b, c, d = jnp.minimum(a, b), jnp.maximum(a, b), jnp.minimum(c, d), jnp.maximum(c, d)
   low, high, middle, other = jnp.minimum(a, c), jnp.maximum(b, d), jnp.maximum(a, c), jnp.minimum(b, d)
   return low, jnp.minimum(middle, other), jnp.maximum(middle, other), high

@@ -1,4 +1,4 @@
-"""Images that no network made: Gaussian noise; dead leaves are in their own file."""
+"""Gaussian noise images. Dead leaves are in `dead_leaves_model.py`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def gaussian_images(
   *,
   clip: bool = False,
 ) -> Array:
-  """Independent pixels N(mean, std^2): the G scheme, N(0, 1) in the network's normalized input space.
+  """Independent pixels N(mean, std^2). With the network's mean and std this is the scheme `gaussian`.
 
-  Normalized space: the mean and the std of the network's input, not clipped. Pixel space: any mean and std, such as 1/2 and
-  1/4, clipped, which are images that a file can hold and need nothing that was measured on the training data.
+  It is then N(0, 1) in the network's normalized input space, not clipped. With another mean and std, such as 1/2 and 1/4,
+  and `clip`, the images fit into a file and use no statistic of the training data.
 
   Args:
     key: PRNG key.
     count: number of images n.
     image_shape: (h, w, c).
-    mean: per channel, in [0,1] pixel units.
-    std: the same units.
-    clip: clip to [0,1]; smaller variances are the consequence.
+    mean: for each channel, in [0,1] pixel units.
+    std: for each channel, the same units.
+    clip: clip to [0,1]; this makes variances smaller.
 
   Returns:
-    f32[n,h,w,c]; with the statistics of usual data and without `clip` about one value in twenty lies outside [0,1].
+    f32[n,h,w,c]. Without `clip` and with usual statistics, about one value in twenty is outside [0,1].
 
   Source: Haroush et al. (2020), section 4; Raikwar & Mishra (2022).
   """

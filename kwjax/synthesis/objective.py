@@ -1,4 +1,4 @@
-"""The synthesis objective: a weighted sum of terms, each a pure function of what one forward pass showed."""
+"""The synthesis objective: a weighted sum of terms, each a pure function of one forward pass."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Array = jax.Array
 
 
 class Evidence(NamedTuple):
-  """What a term may look at.
+  """The inputs of a term.
 
   Attributes:
     images: f32[b,h,w,c] in [0,1], before augmentation.
-    views: f32[v,h,w,c], what the network saw.
+    views: f32[v,h,w,c], the augmented images that the network sees.
     normalized: f32[v,h,w,c], (views - input_mean) / input_std.
     logits: f32[v,k].
-    labels: i32[v], target classes; valid ones, of padding too.
-    reference: `{layer: Moments}` the network was trained with.
+    labels: i32[v], target classes; padding has valid ones too.
+    reference: `{layer: Moments}`, the running statistics.
     measured: `{layer: Moments}` of the views, over all devices.
-    axis_name: mapped axis of the devices, for terms that are no mean over images.
-    weights: f32[v] of the views, 1 where a view counts and 0 where it is padding, or None: all count.
+    axis_name: mapped axis of the devices, for terms that are not a mean over images.
+    weights: f32[v] of the views: 1 counts, 0 is padding. None: all count.
     student_logits: f32[v,k] of the student that learns from the images while they are made; None where there is none.
   """
 
@@ -49,13 +49,13 @@ class Evidence(NamedTuple):
 
   @property
   def image_weights(self) -> Array | None:
-    """f32[b]: the views of one image are neighbours and have its weight."""
+    """f32[b], weights of the images; views of one image are neighbours and share its weight."""
     return None if self.weights is None else self.weights[:: self.views.shape[0] // self.images.shape[0]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Weights of the terms and their settings; a term of weight zero is not computed.
+  """Weights and settings of the terms. A term of weight zero is not computed.
 
   Attributes:
     bns: weight alpha of the BatchNorm-statistics divergence, Eq. (2)-(3).
@@ -69,13 +69,13 @@ class Objective:
     layer_sum: sum, not mean, over layers.
     first_layer: extra factor of the first BatchNorm layer (DeepInversion: 10).
     include_input: count the input statistics as one more layer.
-    inception_scale: divisor under the logit; with 1 the exponential dies before half of the targets are reached.
+    inception_scale: divisor of the logit; with 1 the exponential vanishes before half of the targets are reached.
     smoothness_size: side of the smoothing kernel in pixels, odd.
     smoothness_sigma: its standard deviation in pixels.
-    monitor: terms of weight zero to compute and report all the same.
-    extra: terms of your own, `(name, weight, function of Evidence -> f32[])`. Over devices the mean is taken; where images
-      have weights, the average of the devices' values by the sums of their `Evidence.weights`. So a mean over images
-      should be `parallel.weighted_mean(values, evidence.weights)`, and finite on a device that holds padding alone.
+    monitor: terms of weight zero that are still computed and reported.
+    extra: your own terms, `(name, weight, function of Evidence -> f32[])`. Their values are averaged over devices, by the
+      sums of `Evidence.weights` if images have weights. For a mean over images, return
+      `parallel.weighted_mean(values, evidence.weights)`; it must be finite on a device with only padding.
   """
 
   bns: float = 1.0
@@ -110,7 +110,7 @@ class Objective:
 
   @property
   def needs_statistics(self) -> bool:
-    """Whether BatchNorm statistics are read."""
+    """Whether a term needs BatchNorm statistics."""
     return bool(self.bns) or "bns" in self.monitor
 
   def weight(self, name: str) -> float:
@@ -127,18 +127,18 @@ def layer_divergences(evidence: Evidence, objective: Objective) -> dict[str, Arr
 
 
 def inception_loss(logits: Array, labels: Array, *, scale: float = 10.0, weights: Array | None = None) -> Array:
-  """mean_i exp(-logits[i, y_i] / scale), Eq. (6): pulls each image to its class.
+  """mean_i exp(-logits[i, y_i] / scale), Eq. (6); it moves each image towards its class.
 
   Args:
     logits: f32[b,k].
     labels: i32[b], in 0 .. k-1.
-    scale: divisor under the logit.
+    scale: divisor of the logit.
     weights: f32[b] for a weighted mean, or None.
 
   Returns:
     f32[].
 
-  Source: Haroush et al. (2020), section 3.3; the divisor is not given there.
+  Source: Haroush et al. (2020), section 3.3, which does not give the divisor.
   """
   losses = jnp.exp(-jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0] / scale)
   return parallel.weighted_mean(losses, weights)
@@ -155,9 +155,7 @@ def gaussian_kernel(size: int, sigma: float) -> np.ndarray:
 def smoothness_prior(images: Array, *, size: int = 5, sigma: float = 1.0, weights: Array | None = None) -> Array:
   """MSE(X, G * X): how much a Gaussian blur changes images f32[b,h,w,c], of weights f32[b]; f32[].
 
-  Reflect padding, full gradient.
-
-  The blur is two passes of shifted sums: separable, and free of the slow depthwise convolution of CPUs.
+  Reflect padding; the gradient goes through the blur. The blur is separable: two passes of shifted sums.
 
   Source: Haroush et al. (2020), Eq. (7); also the "smoothness" of their Figure 2.
   """
@@ -176,8 +174,8 @@ def smoothness_prior(images: Array, *, size: int = 5, sigma: float = 1.0, weight
 def total_variation(x: Array, *, axis_name: str | None = None, weights: Array | None = None) -> Array:
   """Sum over the directions right, down and both diagonals of ||neighbour difference||_F over a batch f32[b,h,w,c]; f32[].
 
-  The norm is over the whole batch and all devices, not a mean over images: it grows with the root of the batch size.
-  Weights f32[b] multiply the squared differences of an image: padding, of weight zero, adds nothing to the norm.
+  The norm is over the whole batch and all devices, so it grows with the root of the batch size. Weights f32[b] multiply an
+  image's squared differences; padding adds nothing.
 
   Source: Yin et al. (2020), DeepInversion.
   """
@@ -197,7 +195,7 @@ def total_variation(x: Array, *, axis_name: str | None = None, weights: Array | 
 
 def _bns(evidence: Evidence, objective: Objective) -> Array:
   values = list(layer_divergences(evidence, objective).values())
-  # Layers come in execution order, the input first where it is counted.
+  # Layers are in execution order; the input, if counted, is first.
   values[int(objective.include_input)] = values[int(objective.include_input)] * objective.first_layer
   return (jnp.sum if objective.layer_sum else jnp.mean)(jnp.stack(values))
 
@@ -212,7 +210,7 @@ def _inception(evidence: Evidence, objective: Objective) -> Array:
 
 
 def _smoothness(evidence: Evidence, objective: Objective) -> Array:
-  # On the image, not on its views: the edge of a cutout is no roughness of the image.
+  # On the image, not on its views: the edge of a cutout does not belong to the image.
   return smoothness_prior(
     evidence.images,
     size=objective.smoothness_size,
@@ -241,10 +239,10 @@ TERMS: Mapping[str, Callable[[Evidence, Objective], Array]] = {
 
 
 def evaluate_objective(evidence: Evidence, objective: Objective) -> tuple[Array, dict[str, Array]]:
-  """Total loss sum_t w_t L_t, and the value of every computed term, averaged over devices by the weight of their images.
+  """Total loss sum_t w_t L_t and the value of every computed term, averaged over devices by weight.
 
   Args:
-    evidence: one forward pass.
+    evidence: of one forward pass.
     objective: weights and settings.
 
   Returns:

@@ -1,10 +1,9 @@
 """Bilinear resampling of images along their rows and columns, linear in the pixels.
 
 y[v,i,k] = sum_jw max(0, 1 - |r[v,i] - j|) max(0, 1 - |s[v,k] - w|) x[v,j,w], with r and s the positions that the rows and columns
-of the result look at: products with the matrices of these weights, because the gradient of a gather is a scatter, which
-CPUs and TPUs run an order of magnitude slower. Of large images almost all weights are zero, and the products took 8 % of a step
-of MobileNetV2: on CPUs a block of neighbouring rows is made from the few rows that it looks at, and a block of the gradient
-from the few that look at it (8 images of 224x224x3 on each of two cores: 18 -> 9 ms, the gradient included).
+of the result sample. This is a product with matrices of weights, because the gradient of a gather is a scatter, which is an
+order of magnitude slower on CPUs and TPUs. On large images almost all weights are zero. There, CPUs compute a block of
+neighbouring rows from the few rows that it samples, and a block of the gradient from the few rows that sample it.
 """
 
 from __future__ import annotations
@@ -19,28 +18,28 @@ from jax import Array, lax
 
 from kwjax.kernels.processor import computed_once
 
-_BLOCK = 32  # rows made at once
-_LARGE = 128  # rows and columns, from which blocks are worth their gathers
+_BLOCK = 32  # rows computed at once
+_LARGE = 128  # rows and columns; below, gathering blocks costs more than it saves
 
 
 def outside(size: int) -> float:
-  """Position beyond an image of `size` rows: what looks there sees zeros."""
+  """A position outside an image of `size` rows; it samples zeros."""
   return 4.0 * size
 
 
 def resample(images: Array, rows: Array, columns: Array, magnification: float) -> Array:
-  """One view of every image; in reverse mode only, where the images are large.
+  """One view of every image. On large images only reverse-mode differentiation works.
 
   Args:
     images: f32[v,h,w,c].
-    rows: f32[v,h], the row of the image that each row of the view looks at, up or down the image, at most one row apart;
-      `outside(h)` for a row of zeros, before the others or behind them.
+    rows: f32[v,h], the image row that each row of the view samples, ascending or descending by at most one row;
+      `outside(h)` is a row of zeros, before or after the others.
     columns: f32[v,w], the same for columns.
-    magnification: the largest of any view, >= 1: rows of a view for each row of the image.
+    magnification: largest number of view rows for one image row, >= 1.
 
   Returns: f32[v,h,w,c].
   """
-  # What looks at a block has to be a small part of the view: at 1/12 of the area and 224 pixels blocks already lose.
+  # Only a small part of the view may sample a block: at 1/12 of the area and 224 pixels, blocks are slower.
   if min(images.shape[1:3]) < max(_LARGE, 2 * (_BLOCK + 2) * magnification):
     return _products(images, rows, columns)
   return _large(images.astype(jnp.result_type(images, rows, columns)), rows, columns, magnification)
@@ -53,7 +52,7 @@ def _products(images: Array, rows: Array, columns: Array) -> Array:
 
 
 def _weights(positions: Array, size: int) -> Array:
-  """Matrices f32[v,n,size]: what each position takes of each row."""
+  """Matrices f32[v,n,size]: the weight of each row at each position."""
   return jnp.maximum(0.0, 1.0 - jnp.abs(positions[..., None] - jnp.arange(size, dtype=jnp.float32)))
 
 
@@ -80,9 +79,9 @@ def _large_backward(
     cotangent,
     rows,
     columns,
-    # Blocks overlap, and what makes the cotangent would be computed anew for each.
+    # Blocks overlap; without the barrier, the cotangent would be computed again for each.
     cpu=lambda g, r, s: _in_blocks(computed_once(g), r, s, seen_by),
-    # It is linear and keeps the shape, so the cotangent stands in for the images.
+    # The map is linear and keeps the shape, so the cotangent can replace the images.
     default=lambda g, r, s: jax.linear_transpose(lambda x: _products(x, r, s), g)(g)[0],
   )
   return gradient, jnp.zeros_like(rows), jnp.zeros_like(columns)
@@ -92,7 +91,7 @@ _large.defvjp(_large_forward, _large_backward)
 
 
 def _in_blocks(images: Array, rows: Array, columns: Array, find: Callable[[Array], tuple[Array, Array]]) -> Array:
-  """Rows and then columns, as the rows of images that lie on their side, block by block as `find` says."""
+  """Resample rows, then columns as rows of the transposed images, in the blocks of `find`."""
   return _blocks_of_rows(_blocks_of_rows(images, *find(rows)).swapaxes(1, 2), *find(columns)).swapaxes(1, 2)
 
 
@@ -101,8 +100,8 @@ def _blocks_of_rows(images: Array, first: Array, weights: Array) -> Array:
 
   Args:
     images: f32[v,h,w,c].
-    first: i32[v,blocks], the first row that goes into a block.
-    weights: f32[v,blocks,32,r], what each row of a block takes of that row and those after it.
+    first: i32[v,blocks], the first row in the sum of a block.
+    weights: f32[v,blocks,32,r], the weights of that row and the next ones for each row of a block.
 
   Returns: f32[v,h,w,c].
   """
@@ -116,7 +115,7 @@ def _blocks_of_rows(images: Array, first: Array, weights: Array) -> Array:
 
 
 def _looks_at(positions: Array) -> tuple[Array, Array]:
-  """For each block of a view's rows the first row of the image that it looks at, and its weights (see `_blocks_of_rows`)."""
+  """The first image row that each block of view rows samples, and the weights (see `_blocks_of_rows`)."""
   size = positions.shape[1]
   missing = -size % _BLOCK
   padded = jnp.pad(positions, ((0, 0), (0, missing)), constant_values=outside(size))
@@ -126,11 +125,11 @@ def _looks_at(positions: Array) -> tuple[Array, Array]:
 
 
 def _seen_by(positions: Array, most: int) -> tuple[Array, Array]:
-  """For each block of an image's rows the first row of the view that looks at it, and its weights (see `_blocks_of_rows`).
+  """The first view row that samples each block of image rows, and the weights (see `_blocks_of_rows`).
 
   Args:
     positions: f32[v,n].
-    most: rows of the view that may look at one block.
+    most: largest number of view rows that sample one block.
   """
   size = positions.shape[1]
   most = min(most, size)

@@ -1,4 +1,4 @@
-"""Synthesised images on disk: one file a batch, each with its checksum, so that a stopped run goes on where it was."""
+"""Synthetic images on disk: one file with a checksum for each batch, so that a stopped run can be resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _VERSION = 2
 
 
 class Shard(NamedTuple):
-  """One batch: images f32[n,h,w,c] in [0,1], labels i32[n], and the curves recorded while it was made."""
+  """One batch: images f32[n,h,w,c] in [0,1], labels i32[n], and the curves of its synthesis."""
 
   images: np.ndarray
   labels: np.ndarray
@@ -36,7 +36,7 @@ class Shard(NamedTuple):
 
 
 class StoredImages(NamedTuple):
-  """A whole set: images f32[n,h,w,c], labels i32[n], and one history a batch, all in the order of the batch numbers."""
+  """A whole set: images f32[n,h,w,c], labels i32[n], and one history for each batch, in batch order."""
 
   images: np.ndarray
   labels: np.ndarray
@@ -44,21 +44,20 @@ class StoredImages(NamedTuple):
 
 
 class ImageStore:
-  """Batches of images in a folder: `batch-00000.safetensors`, ... (of several processes `.part-0-of-2`) and `manifest.json`.
+  """Batches of images in a folder: `batch-00000.safetensors`, ... (`.part-0-of-2` with several processes), `manifest.json`.
 
-  Invariant: a batch counts as present only while its file has the SHA-256 in the manifest; the manifest is written
-  after the file, so a kill between the two leaves a batch that is absent and is made again. The same arrays give the
-  same bytes. One run writes a folder at a time (`kwjax.runtime.workdir.lock_workdir`). Of several processes of a run each
-  writes its part of a batch into a file of its own (`write_part`), and one of them records all parts; who reads the
-  store meets whole batches.
+  Invariant: a batch is present only if its file has the SHA-256 in the manifest. The manifest is written after the file. A
+  kill between the two leaves the batch absent, and it is made again. The same arrays give the same bytes. Only one run
+  writes a folder at a time (`kwjax.runtime.workdir.lock_workdir`). With several processes, each writes its part of a
+  batch into its own file (`write_part`), and one process records all parts. A reader sees whole batches.
   """
 
   def __init__(self, folder: PathLike, *, settings: Mapping[str, Any]) -> None:
-    """Opens the folder, which need not exist.
+    """Open the folder, which need not exist.
 
     Args:
-      folder: where the batches are.
-      settings: what the images depend on (network, scheme, seed, steps, batch size), as `canonical_json` takes it.
+      folder: of the batches.
+      settings: everything that the images depend on (network, scheme, seed, steps, batch size), for `canonical_json`.
 
     Raises:
       CheckpointError: the folder holds images made with other settings (each is named), or its manifest is damaged.
@@ -78,12 +77,12 @@ class ImageStore:
     return entry is not None and self._intact(entry)
 
   def damaged(self) -> list[int]:
-    """Numbers of the recorded batches whose file is missing or has other content; writing them again is the repair."""
+    """Numbers of the recorded batches whose file is missing or damaged. Write them again to repair the store."""
     shards = self._manifest()["shards"]
     return [index for index in self.indices() if not self._intact(shards[str(index)])]
 
   def write(self, index: int, images: np.ndarray, labels: np.ndarray, history: Mapping[str, Any] | None = None) -> None:
-    """Stores one batch, replacing an earlier one of the same number.
+    """Store one batch, replacing an earlier one of the same number.
 
     Args:
       index: batch number, from 0.
@@ -107,24 +106,24 @@ class ImageStore:
     part: int = 0,
     parts: int = 1,
   ) -> dict[str, Any]:
-    """Stores a part of a batch without recording it; arguments and errors as of `write`, a part may hold no image.
+    """Store a part of a batch without recording it. Arguments and errors as in `write`; a part can be empty.
 
     Args:
       index: batch number.
       images: f32[n,h,w,c], this part's.
       labels: i32[n].
       history: of the whole batch; one part should have it.
-      part: which of the parts this is, from 0, in the order of the images.
-      parts: how many there are.
+      part: index of this part, from 0, in the order of the images.
+      parts: number of parts.
 
     Returns:
-      What `record` needs to know of it, JSON-able.
+      A JSON-able value for `record`.
     """
     tensors = _checked(index, images, labels, history or {}, self._manifest()["shape"])
     data = safetensors.numpy.save(tensors)
     name = f"batch-{index:05d}.safetensors" if parts == 1 else f"batch-{index:05d}.part-{part}-of-{parts}.safetensors"
     for leftover in self.folder.glob(f".{name}.*.tmp"):
-      # A batch can be hundreds of megabytes, so what a killed run left must not pile up.
+      # A batch can have hundreds of megabytes, so files of killed runs must not accumulate.
       with contextlib.suppress(FileNotFoundError):
         leftover.unlink()
     atomic_write(self.folder / name, data)
@@ -132,7 +131,7 @@ class ImageStore:
     return {"file": name, "sha256": digest, "bytes": len(data), "count": len(images), "shape": list(images.shape[1:])}
 
   def record(self, index: int, written: Sequence[Mapping[str, Any]]) -> None:
-    """Make a batch count as present: all its parts, in order, as `write_part` returned them.
+    """Record a batch as present: the values of `write_part` for all its parts, in order.
 
     Raises:
       KwjaxError: the disk is full; the batches before are unchanged.
@@ -145,12 +144,12 @@ class ImageStore:
     manifest["shards"][str(index)] = parts[0] if len(parts) == 1 else whole
     manifest["shards"] = dict(sorted(manifest["shards"].items(), key=lambda item: int(item[0])))
     write_sealed_json(self.folder / _MANIFEST, manifest)
-    # A run of another number of processes has made the batch before, and it was damaged.
+    # A run with another number of processes wrote the batch before, and it was damaged.
     for stale in {part["file"] for part in _parts(earlier or {})} - {part["file"] for part in parts}:
       (self.folder / stale).unlink(missing_ok=True)
 
   def read(self, index: int) -> Shard:
-    """Returns one batch after checking its bytes.
+    """Read one batch and check its bytes.
 
     Raises:
       CheckpointError: the batch is not recorded, or its file is missing or damaged (named); write it again.
@@ -166,7 +165,7 @@ class ImageStore:
     return Shard(images, labels, history)
 
   def images(self) -> StoredImages:
-    """Returns all batches as one set, each checked as in `read`; at most one batch is held twice.
+    """Read all batches as one set, each checked as in `read`; at most one batch is in memory twice.
 
     Raises:
       CheckpointError: there are no batches, a number between 0 and the last is absent, or a batch is damaged.
@@ -217,7 +216,7 @@ class ImageStore:
 
   def _intact(self, entry: Mapping[str, Any]) -> bool:
     paths = [(self.folder / part["file"], part) for part in _parts(entry)]
-    # The size tells most truncations without reading the file.
+    # The size reveals most truncations without reading the file.
     return all(
       path.is_file() and path.stat().st_size == part["bytes"] and sha256_file(path) == part["sha256"]
       for path, part in paths

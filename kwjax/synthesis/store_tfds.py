@@ -1,4 +1,4 @@
-"""Synthesized images as a data set of tensorflow-datasets, for programs that read those."""
+"""Synthetic images as a tensorflow-datasets data set."""
 
 from __future__ import annotations
 
@@ -26,33 +26,32 @@ def save_tfds(
   num_classes: int | None = None,
   overwrite: bool = False,
 ) -> pathlib.Path:
-  """Writes synthesized images as a TensorFlow data set in array_record form; TensorFlow is not needed.
+  """Write synthetic images as a TFDS data set in array_record form; TensorFlow is not needed.
 
-  Read it back with `tfds.builder_from_directory(folder).as_data_source(split)`, or as
-  `kwjax.load_data("tfds:FOLDER")`. Written to `DATA_DIR/NAME/1.0.0` it is also `tfds.data_source(NAME)`. Examples keep
-  the order of the samples and have the features `image` and `label` (-1: no class was aimed at). The recorded curves
-  are not stored.
+  Read it with `tfds.builder_from_directory(folder).as_data_source(split)` or `kwjax.load_data("tfds:FOLDER")`. Written to
+  `DATA_DIR/NAME/1.0.0`, it is also `tfds.data_source(NAME)`. Examples keep the order of the samples and have the features
+  `image` and `label` (-1: no target class). The curves are not stored.
 
   Args:
     samples: images f32[n,h,w,c], labels i32[n].
-    folder: the folder to make; it appears whole or not at all.
-    encoding: "float32" stores the bytes of each pixel, so what is read is bit-identical, unclipped Gaussian images
-      included (`load_data` reads images in [0,1] alone). "png" stores q = round(255 min(max(x, 0), 1)), ties to even,
-      as PNG with 1, 3 or 4 channels: smaller, any viewer opens it, and |x - q/255| <= 1/510 for x in [0,1].
+    folder: the new folder; it appears whole or not at all.
+    encoding: "float32" stores every pixel bit for bit, also unclipped Gaussian images (`load_data` reads only images in
+      [0,1]). "png" stores q = round(255 min(max(x, 0), 1)), ties to even, as PNG with 1, 3 or 4 channels. It is
+      smaller, any viewer opens it, and |x - q/255| <= 1/510 for x in [0,1].
     name: lower case letters, digits and underscores.
     split: name of the only split.
-    num_classes: classes that labels count among; by default the largest label plus one.
-    overwrite: replace a data set that is there.
+    num_classes: number of classes; default: the largest label plus one.
+    overwrite: replace an existing data set.
 
   Returns:
     The folder.
 
   Raises:
-    DataError: there are no images, they or the labels do not have that form, hold NaN or do not fit the encoding, or
-      the folder is taken.
+    DataError: there are no images, images or labels have another form, hold NaN or do not fit the encoding, or the
+      folder exists.
     KwjaxError: the folder cannot be written.
   """
-  # Two tenths of a second that every other use of kwjax can do without.
+  # Imported here: it takes two tenths of a second.
   from kwjax.runtime.tfds import tfds
   from kwjax.runtime.tfds_writer import DataSetInfo, SplitExamples, write_tfds
 

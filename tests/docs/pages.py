@@ -11,6 +11,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 _GENERATED = "results"
+_BETWEEN = ("&&", "||", "|", ";")
 
 
 def pages() -> list[pathlib.Path]:
@@ -59,20 +60,25 @@ def blocks(text: str) -> list[Block]:
 
 
 class Command(NamedTuple):
-  """`python -m module args` of a shell line."""
+  """`python -m module args` of a shell line, or `kwjax args`, whose module is `kwjax`."""
 
   module: str
   args: tuple[str, ...]
 
 
 def commands(code: str) -> Iterator[Command]:
-  """Every `python -m` of a shell block, also inside quotes that another command gets (gcloud ... --command "...")."""
+  """Every `python -m` and every `kwjax` of a shell block, also inside quotes of another command (gcloud --command "...")."""
   for line in code.replace("\\\n", " ").splitlines():
     tokens = shlex.split(line, comments=True)
     for i, token in enumerate(tokens):
       if " -m " in token:
         yield from commands(token)
       elif token == "-m" and re.search(r"python3?$", tokens[i - 1]):
-        rest = tokens[i + 2 :]
-        end = next((j for j, word in enumerate(rest) if word in ("&&", "||", "|", ";")), len(rest))
-        yield Command(tokens[i + 1], tuple(rest[:end]))
+        yield Command(tokens[i + 1], _arguments(tokens[i + 2 :]))
+      elif token == "kwjax" and (i == 0 or tokens[i - 1] in _BETWEEN):
+        yield Command(token, _arguments(tokens[i + 1 :]))
+
+
+def _arguments(tokens: list[str]) -> tuple[str, ...]:
+  end = next((i for i, token in enumerate(tokens) if token in _BETWEEN), len(tokens))
+  return tuple(tokens[:end])

@@ -175,6 +175,10 @@ def test_wrong_commands_are_found(monkeypatch: pytest.MonkeyPatch, capsys: pytes
   with pytest.raises(ModuleNotFoundError):
     check_command(Command("experiments.no_such", ()), monkeypatch)
   check_command(Command("experiments.cifar_bns", ("--bits", "4w4a", "8w8a", "--dry-run")), monkeypatch)
+  compress, export = commands("kwjax compress --no-such 1 && kwjax export --format onnx  # both")
+  assert export == Command("kwjax", ("export", "--format", "onnx"))
+  with pytest.raises(AssertionError, match="status"):
+    check_command(compress, monkeypatch)
 
 
 @pytest.mark.parametrize("page", pages(), ids=name)
