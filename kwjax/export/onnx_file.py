@@ -79,14 +79,14 @@ def export_onnx(
     Facts about the file.
 
   Raises:
-    RuleError: a layer's weight reading has no integer form.
+    RuleError: a layer's weight scheme has no integer form.
     KwjaxError: an operation of the network has no counterpart, or an argument is out of range.
   """
   onnx = _import_onnx()
   _check(opset, onnx.defs.onnx_opset_version(), form, weights, layout, batch)
   kernels = weights_of(network)
   if not allow_float_weights:
-    _check_readings(network.name, kernels.values())
+    _check_schemes(network.name, kernels.values())
   output = simplify(lower(network, kernels, batch))
   builder = Builder(opset)
   written = _write(builder, output, Form(form == "integer", weights == "int8", opset >= 21), layout)
@@ -135,14 +135,14 @@ def _check(opset: int, newest: int, form: str, weights: str, layout: str, batch:
     raise KwjaxError(f"batch must be at least 1, or None for any number of images, found {batch}")
 
 
-def _check_readings(name: str, kernels: Iterable[Weight]) -> None:
+def _check_schemes(name: str, kernels: Iterable[Weight]) -> None:
   found = {w.layer: w.reason for w in kernels if w.bits is not None and w.integer is None}
   if found:
     layer, reason = next(iter(found.items()))
     more = f" (and {len(found) - 1} more layers)" if len(found) > 1 else ""
     raise RuleError(
       f"layer {layer}{more} of {name} has no integer weights: {reason}; quantize with "
-      "QuantRules.parse(..., weights='affine0') or --weight-reading affine0, or allow float weights"
+      "QuantRules.parse(..., weights='affine0') or --weight-scheme affine0, or allow float weights"
     )
 
 

@@ -58,7 +58,7 @@ def export_safetensors(
     allow_float_weights: write kernels without an integer form as float instead of refusing them.
 
   Raises:
-    RuleError: a layer's weight reading has no integer form.
+    RuleError: a layer's weight scheme has no integer form.
     KwjaxError: the file cannot be written.
   """
   from kwjax.runtime.files import atomic_write
