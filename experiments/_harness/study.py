@@ -23,7 +23,7 @@ from experiments._harness.study_setup import Setup as Setup
 from experiments._harness.study_setup import load
 from experiments._harness.tables import Entry, Results, Table, cell_text
 from kwjax.cli.command import get_network, in_workdir, start
-from kwjax.cli.options import sizes
+from kwjax.cli.options import REMEDY, sizes
 from kwjax.compression.workspace import Workspace
 from kwjax.errors import CheckpointError, KwjaxError
 from kwjax.network import Network
@@ -140,7 +140,7 @@ def run(
     done = sum((folder / "stages" / f"{cell.stage}.json").exists() for cell in cells)
     print(f"{len(cells)} cells, {done} of them finished in {folder}\n{study.describe(cells)}")
   if study.need:
-    memory.check(study.need, group.local.devices)
+    memory.check(study.need, group.local.devices, remedy=REMEDY)
   if options.dry_run:
     return 0
   _check_same(cells)

@@ -9,6 +9,7 @@ import jax
 from kwjax.cli import dry_run
 from kwjax.cli.command import get_network, in_workdir, start
 from kwjax.cli.options import (
+  REMEDY,
   Options,
   config_of,
   fine_tuning_of,
@@ -63,7 +64,7 @@ def run(options: Options, *, name: str, default: str | None) -> int:
   if options.dry_run and processes.is_main():
     labelled = len(eval_data) if eval_data else 0
     print(dry_run.describe(network, config, chosen, tuple(rules), folder, labelled=labelled, need=need))
-  memory.check(need, group.local.devices)
+  memory.check(need, group.local.devices, remedy=REMEDY)
   if options.dry_run:
     return 0
   require("matplotlib", extra="report", purpose="the report of a run")

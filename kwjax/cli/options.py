@@ -18,6 +18,7 @@ from kwjax.quantization.methods import METHODS, Method
 from kwjax.synthesis import SynthesisConfig
 
 ByPreset = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by --preset)")]
+REMEDY = "choose a smaller --batch-size, --distill-batch-size or --images, or fewer --duplicates"
 Scheme = Literal["bns", "inception", "bns+inception", "deepinversion", "gaussian"]
 
 

@@ -21,6 +21,8 @@ _OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
 _SYNTHESIS_SHARE, _DISTILLATION_SHARE = 0.75, 2.2
 _IMAGE_SETS = 3  # the synthesized set, the Gaussian one, and a copy of either while it is put together
 
+REMEDY = "choose fewer images or duplicates, or a smaller batch size of the synthesis or of the fine-tuning"
+
 
 class Need(NamedTuple):
   """Bytes at the peak: of one device, for the largest step, and of the host, for the sets of images."""
@@ -90,12 +92,13 @@ def _left_in_cgroups() -> list[int]:
   return found
 
 
-def check(need: Need, devices: Sequence[jax.Device]) -> None:
+def check(need: Need, devices: Sequence[jax.Device], *, remedy: str = REMEDY) -> None:
   """Refuse a run that clearly does not fit, before hours are spent on it.
 
   Args:
     need: what `predict` said.
     devices: those of this process that the steps run on; the memory of CPUs is the host's, which they share.
+    remedy: what needs less, for the message.
 
   Raises:
     KwjaxError: saying what is needed, what there is, and what needs less.
@@ -110,6 +113,5 @@ def check(need: Need, devices: Sequence[jax.Device]) -> None:
   for where, (wanted, left) in needs.items():
     if left is not None and wanted > left:
       raise KwjaxError(
-        f"this run needs about {wanted / 2**30:,.1f} GiB of memory, {where} has {left / 2**30:,.1f} GiB left: "
-        "choose fewer images or duplicates, or a smaller batch size of the synthesis or of the fine-tuning"
+        f"this run needs about {wanted / 2**30:,.1f} GiB of memory, {where} has {left / 2**30:,.1f} GiB left: {remedy}"
       )
