@@ -26,11 +26,11 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.quality_curves import DEFAULT, PAPER, Point, Run, plot, reached, summary, table
-from experiments._harness.common import keep_freed_memory
 from kwjax.analysis.similarity import measure
 from kwjax.errors import KwjaxError
 from kwjax.network import Network
 from kwjax.runtime.files import write_json
+from kwjax.runtime.launch import keep_freed_memory
 from kwjax.runtime.parallel import device_group
 from kwjax.synthesis import Augmentation, SynthesisConfig
 from kwjax.synthesis.pixels import initial_images, initial_state

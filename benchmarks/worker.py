@@ -44,7 +44,7 @@ def cores() -> int:
 def matmul_peak(framework: str, size: int = 1536, repeats: int = 8) -> float:
   """Floating-point operations a second of a float32 matrix product, the best of a few."""
   if framework == "kwjax":
-    from experiments._harness.cost import matmul_rate
+    from kwjax.runtime.cost import matmul_rate
 
     return matmul_rate(size, repeats)
   from benchmarks.torch_networks import import_torch
@@ -65,7 +65,7 @@ def _prepare(module: Any, spec: dict[str, Any]) -> Callable[[], None]:
 
   name, size = spec["network"], spec["image_size"]
   if spec["framework"] == "kwjax":
-    from experiments._harness.common import every_device
+    from kwjax.cli.command import every_device
 
     return module.prepare_kwjax(spec, kwjax_network(name, image_size=size), every_device(spec.get("devices")))
   import_torch().set_num_threads(cores())
@@ -77,7 +77,8 @@ def main() -> None:
   spec: dict[str, Any] = json.loads(sys.argv[1])
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)  # what libraries print must not look like an answer
-  from experiments._harness.common import keep_freed_memory, use_compilation_cache, use_every_core
+  from kwjax.cli.command import use_compilation_cache, use_every_core
+  from kwjax.runtime.launch import keep_freed_memory
 
   # Both sides run with the same allocator settings.
   keep_freed_memory()

@@ -4,8 +4,9 @@
     python -m experiments.cifar_bns --network networks/resnet20 --eval-data cifar10.npz
 
 synthesizes images from the network's BatchNorm statistics, calibrates 8w8a, 4w8a and 4w4a on them and on Gaussian images,
-evaluates every copy on the labelled images, fine-tunes the last one and writes a report. `--real-data FILE.npz:train`
-adds a column calibrated on real images, for comparison. `--preset paper` is Table 2 of Haroush et al. (2020).
+evaluates every quantized network on the labelled images, fine-tunes the last one and writes a report.
+`--real-data FILE.npz:train` adds a column calibrated on real images, for comparison. `--preset paper` is Table 2 of
+Haroush et al. (2020). `kwjax.compress` does the work.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from experiments._harness.launch import relaunch_with_huge_pages
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command
-from experiments._harness.options import Options
-from experiments._harness.pipeline import run
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.cli.compress import run
+from kwjax.cli.options import Options
 
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the experiment; returns the exit status."""
-  options = parse(Options, args, "cifar_bns", __doc__)
+  options = parse(Options, args, "python -m experiments.cifar_bns", __doc__)
   return run_command(lambda: run(options, name="cifar_bns", default=None))
 
 

@@ -28,9 +28,10 @@ from tensorflow_datasets.core import hashing
 
 from experiments._harness.archives import RECIPES, Recipe
 from experiments._harness.archives.recipe import Opened, Records, Source
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command, say
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
 from kwjax.errors import DataError
+from kwjax.runtime.messages import log
 from kwjax.runtime.tfds_writer import DataSetInfo, SplitExamples, is_data_set, temporary_folder, write_tfds
 
 _ALIASES = {"imagenet": "imagenet2012", "svhn": "svhn_cropped", "fashion-mnist": "fashion_mnist"}
@@ -117,7 +118,7 @@ def _already_there(folder: pathlib.Path, wanted: Sequence[str]) -> pathlib.Path:
     raise DataError(
       f"{folder} is there in {info.file_format.value} form, which needs TensorFlow: --overwrite replaces it"
     )
-  say("it is there already; --overwrite makes it anew")
+  log("it is there already; --overwrite makes it anew")
   return folder
 
 
@@ -186,9 +187,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
       folder = prepare(options)
     except KeyboardInterrupt:
-      say("interrupted, nothing was left; start it again")
+      log("interrupted, nothing was left; start it again")
       return 130
-    say(f"{folder}: use it as tfds:{folder.parent.name}" + _where(options, folder))
+    log(f"{folder}: use it as tfds:{folder.parent.name}" + _where(options, folder))
     return 0
 
   return run_command(work)

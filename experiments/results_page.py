@@ -23,12 +23,13 @@ from typing import Annotated, Any
 import tyro
 
 from experiments._harness import published, results_store
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command, say
 from experiments._harness.results_store import SECTIONS, Stored
 from experiments._harness.tables import NOT_MEASURED, Results, Table, as_rows, cell_text, over_seeds
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import atomic_write
+from kwjax.runtime.messages import log
 
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")]
 Folders = Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FOLDER")]
@@ -86,13 +87,13 @@ def run(options: Options) -> int:
       machine=options.machine,
       merge=options.merge,
     )
-    say(f"kept {kept}")
+    log(f"kept {kept}")
   if options.runs:
     stored = [Stored(source.name, results_store.reduced(source, machine=options.machine)) for source in options.runs]
   else:
     stored = results_store.read(folder)
   atomic_write(options.out, render(stored, notes(folder), images=os.path.relpath(images, options.out.parent)).encode())
-  say(f"{options.out}: {len(stored)} reports")
+  log(f"{options.out}: {len(stored)} reports")
   return 0
 
 
@@ -232,7 +233,7 @@ def _plain(text: str) -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the page; returns the exit status."""
-  options = parse(Options, args, "results_page", __doc__)
+  options = parse(Options, args, "python -m experiments.results_page", __doc__)
   return run_command(lambda: run(options))
 
 

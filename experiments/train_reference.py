@@ -29,12 +29,11 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from experiments._harness.arguments import parse
-from experiments._harness.common import Stages, in_workdir, run_command, say, start
 from experiments._harness.image_sets import digest, identity, short_name
-from experiments._harness.options import Options
 from experiments._harness.train_options import Sizes, TrainOptions, chosen_sizes, train_config
 from experiments._harness.train_options import architecture as architecture
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import in_workdir, run_command, start
 from kwjax.errors import KwjaxError
 from kwjax.models import get_model, model_info
 from kwjax.network import Network, save_network
@@ -42,8 +41,10 @@ from kwjax.runtime import processes
 from kwjax.runtime.data import ImageData, load_data
 from kwjax.runtime.evaluate import evaluate, wilson_interval
 from kwjax.runtime.loop import History
+from kwjax.runtime.messages import log
 from kwjax.runtime.parallel import DeviceGroup
 from kwjax.runtime.report import command_line, versions, write_report
+from kwjax.runtime.result_store import ResultStore
 from kwjax.runtime.workdir import Shutdown
 from kwjax.training import TrainConfig, initial_variables, train_with_history
 
@@ -78,16 +79,15 @@ def run(options: TrainOptions) -> int:
 
   def work(folder: pathlib.Path, shutdown: Shutdown) -> None:
     del shutdown  # the training has its own request to stop, under which it saves
-    stages = Stages(folder, settings)
-    say(f"{options.arch}: {config.steps} steps of {config.batch_size} images from {train_data.name}; folder {folder}")
+    results = ResultStore(folder, settings)
+    log(f"{options.arch}: {config.steps} steps of {config.batch_size} images from {train_data.name}; folder {folder}")
     network, history = _trained(options, (arch, model_options, name), train_data, config, group, folder)
     score = None
     if eval_data is not None:
-      score = stages.once("float", lambda: dataclasses.asdict(evaluate(network, eval_data, devices=group)))
+      score = results.once("float", lambda: dataclasses.asdict(evaluate(network, eval_data, devices=group)))
     _finish(options, network, config, (train_data, eval_data), history, score, folder)
 
-  # Of its options only --resume is read there.
-  in_workdir(folder, Options(resume=options.resume), work)
+  in_workdir(folder, work, resume=options.resume)
   return 0
 
 
@@ -207,13 +207,13 @@ def _finish(
     write_report({key: value for key, value in report.items() if value is not None}, folder, title=network.name)
   if score is not None:
     low, high = wilson_interval(round(score["top1"] * score["count"]), score["count"])
-    say(f"top-1 {score['top1']:.2%} of {score['count']} images (95 % interval {low:.2%} to {high:.2%})")
-  say(f"network: {options.out}; report: {folder / 'report.html'}")
+    log(f"top-1 {score['top1']:.2%} of {score['count']} images (95 % interval {low:.2%} to {high:.2%})")
+  log(f"network: {options.out}; report: {folder / 'report.html'}")
 
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the experiment; returns the exit status."""
-  options = parse(TrainOptions, args, "train_reference", __doc__)
+  options = parse(TrainOptions, args, "python -m experiments.train_reference", __doc__)
   return run_command(lambda: run(options))
 
 

@@ -1,8 +1,9 @@
 """Compress trained neural networks without their training data.
 
-The stages, in the order in which data goes through them: a `Network`; the statistics of its BatchNorm layers
-(`observe`, `reference_moments`, `bns_loss`, `measure`); images made out of it (`synthesize`); low precision (`calibrate`,
-`quantize`, `integer_weights`); fine-tuning (`distill`); how good the copy is (`evaluate`, `agreement`).
+`compress` does all of it in one call. The stages, in the order in which data goes through them: a `Network`; the statistics
+of its BatchNorm layers (`observe`, `reference_moments`, `bns_loss`, `measure`); images made out of it (`synthesize`); low
+precision (`calibrate`, `quantize`, `integer_weights`); fine-tuning (`distill`); how good the student is (`evaluate`,
+`agreement`).
 """
 
 import importlib.metadata as _metadata
@@ -20,6 +21,7 @@ from kwjax.batchnorm import (
   observe,
   reference_moments,
 )
+from kwjax.compression import Compressed, Decision, FineTuning, compress
 from kwjax.distillation import DistillConfig, distill, distill_step
 from kwjax.errors import KwjaxError
 from kwjax.export import export_onnx, export_safetensors, export_stablehlo, load_safetensors, load_stablehlo
@@ -68,7 +70,10 @@ __all__ = [
   "Allocation",
   "Augmentation",
   "Batch",
+  "Compressed",
+  "Decision",
   "DistillConfig",
+  "FineTuning",
   "FixedSet",
   "FreshNoise",
   "KwjaxError",
@@ -92,6 +97,7 @@ __all__ = [
   "auroc_interval",
   "bns_loss",
   "calibrate",
+  "compress",
   "correct_bias",
   "current_layers",
   "dead_leaves",

@@ -81,29 +81,48 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the command line; returns the exit status."""
-  args = _parser().parse_args(argv)
+  return convert_to_folder(**vars(_parser().parse_args(argv)))
+
+
+def convert_to_folder(
+  *,
+  arch: str,
+  source: str,
+  out: pathlib.Path,
+  num_classes: int | None = None,
+  input_mean: Sequence[float] | None = None,
+  input_std: Sequence[float] | None = None,
+  image_size: int | None = None,
+  overwrite: bool = False,
+  quiet: bool = False,
+) -> int:
+  """Convert weights and write them; the arguments are the options of the command.
+
+  Returns:
+    exit status: 0, 2 after an error of the user's, 130 after Ctrl-C; after an error nothing is written.
+  """
   try:
-    _check_target(args.out, args.overwrite)
+    _check_target(out, overwrite)
     from weights_conversion.convert import convert
 
     network = convert(
-      args.arch,
-      args.source,
-      num_classes=args.num_classes,
-      input_mean=args.input_mean,
-      input_std=args.input_std,
-      image_size=args.image_size,
-      progress=not args.quiet,
+      arch,
+      source,
+      num_classes=num_classes,
+      input_mean=input_mean,
+      input_std=input_std,
+      image_size=image_size,
+      progress=not quiet,
     )
-    write_folder(network, args.out)
+    write_folder(network, out)
   except KwjaxError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("error: interrupted, nothing was written", file=sys.stderr)
     return 130
-  if not args.quiet:
-    print(_summary(network, args.out))
+  if not quiet:
+    print(_summary(network, out))
   return 0
 
 

@@ -1,1 +1,1 @@
-"""What the experiments share: options, stages, tables, reports. Not a public interface."""
+"""What the experiments share: options, image sets, tables, reports. Not a public interface."""

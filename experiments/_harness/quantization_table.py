@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments._harness import cost, stages
 from experiments._harness.distilled import accuracy_cell, float_score
 from experiments._harness.image_sets import short_name
-from experiments._harness.options import ByPreset
-from experiments._harness.stages import GAUSSIAN, REAL, Site
 from experiments._harness.study import Cell, CellPlan, Missing, Setup, Study, StudyOptions
 from experiments._harness.study_report import top1_results
 from experiments._harness.tables import Results, Table
+from kwjax.cli.options import ByPreset
+from kwjax.compression.workspace import GAUSSIAN, REAL, Workspace
 from kwjax.quantization import QuantRules
+from kwjax.runtime import cost
 from kwjax.runtime.data import ImageData
 
 ROWS = (REAL, "bns", "inception", "bns+inception", GAUSSIAN)
@@ -39,7 +39,7 @@ class Column:
 
   Attributes:
     rules: bits of every layer.
-    distill_images: how many images the copy is fine-tuned on after its calibration; None: it is not.
+    distill_images: how many images the student is fine-tuned on after its calibration; None: it is not.
     missing: why the column cannot be measured with these options, or None.
   """
 
@@ -63,14 +63,14 @@ class _Work:
 
   def plan(self, table: Table, row: str, column: str) -> CellPlan:
     """How one cell is measured."""
-    chosen, network, rules = self.setup.chosen, self.setup.network, self.columns[column].rules
+    chosen, rules = self.setup.chosen, self.columns[column].rules
     if (missing := self.columns[column].missing) is not None:
       raise Missing(missing)
     source = self.setup.source(row, self.count(column))
     distill_images = self.columns[column].distill_images
     config = None
     if distill_images is not None:
-      config = stages.distill_config(self.setup.options.main_job(), network, chosen, row)
+      config = self.setup.distill_config(chosen, row)
     return accuracy_cell(
       self.setup,
       source,
@@ -98,14 +98,14 @@ class _Work:
       + cost.estimate(self.setup.network, synthesized=synthesized, trained=trained, evaluated=evaluated)
     )
 
-  def report(self, site: Site, results: Mapping[str, Results]) -> Mapping[str, Any]:
+  def report(self, workspace: Workspace, results: Mapping[str, Results]) -> Mapping[str, Any]:
     """Keys of report.json beside the tables."""
     ((title, found),) = results.items()
     table = Table(title, ROWS, tuple(self.columns))
     distilled = {c: c.removeprefix(KD) for c, column in self.columns.items() if column.distill_images is not None}
     calibrated = {c: c for c in self.columns if c not in distilled}
     return {
-      "float": float_score(site, self.evaluation),
+      "float": float_score(workspace, self.evaluation),
       "calibrated": top1_results(table, found, calibrated),
       "distilled": top1_results(table, found, distilled),
     }

@@ -14,21 +14,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments._harness import memory, study_report
-from experiments._harness.common import Stages, get_network, in_workdir, say, start
+from experiments._harness import study_report
 from experiments._harness.image_sets import digest
-from experiments._harness.options import sizes
-from experiments._harness.stages import Site
 from experiments._harness.study_options import Missing as Missing
 from experiments._harness.study_options import StudyOptions as StudyOptions
 from experiments._harness.study_options import check_seeds
 from experiments._harness.study_setup import Setup as Setup
 from experiments._harness.study_setup import load
 from experiments._harness.tables import Entry, Results, Table, cell_text
+from kwjax.cli.command import get_network, in_workdir, start
+from kwjax.cli.options import REMEDY, sizes
+from kwjax.compression.workspace import Workspace
 from kwjax.errors import CheckpointError, KwjaxError
 from kwjax.network import Network
-from kwjax.runtime import processes
+from kwjax.runtime import memory, processes
 from kwjax.runtime.files import read_sealed_json
+from kwjax.runtime.messages import log
+from kwjax.runtime.result_store import ResultStore
 from kwjax.runtime.workdir import Shutdown
 
 
@@ -38,13 +40,13 @@ class CellPlan(NamedTuple):
   Attributes:
     settings: everything but the seed that the value depends on, JSON-able; cells with other settings are kept apart.
     protocol: the same for people, in one line.
-    compute: `(site, seed) -> value`, or a mapping with `value` and whatever else is worth keeping.
+    compute: `(workspace, seed) -> value`, or a mapping with `value` and whatever else is worth keeping.
     seeded: False for a value without randomness; it is measured once.
   """
 
   settings: Mapping[str, Any]
   protocol: str
-  compute: Callable[[Site, int], float | Mapping[str, Any]]
+  compute: Callable[[Workspace, int], float | Mapping[str, Any]]
   seeded: bool = True
 
 
@@ -67,7 +69,7 @@ class Study:
   plan: Callable[[Table, str, str], CellPlan | None]
   protocol: Mapping[str, str] = dataclasses.field(default_factory=dict)
   describe: Callable[[Sequence[Cell]], str] = lambda cells: ""
-  report: Callable[[Site, Mapping[str, Results]], Mapping[str, Any]] = lambda site, results: {}
+  report: Callable[[Workspace, Mapping[str, Results]], Mapping[str, Any]] = lambda workspace, results: {}
   figures: study_report.Figures = study_report.draw_bars
   need: memory.Need | None = None
 
@@ -127,37 +129,37 @@ def run(
   check_seeds(options.seeds)
   group = start(options.devices, options.coordinator, options.num_processes, options.process_id)
   main_job = options.main_job()
-  network = make() if make else get_network(main_job, default=default)
+  network = make() if make else get_network(options.network, options.arch, options.weights, default=default)
   chosen = dataclasses.replace(sizes(main_job, network), held_out=0)
   study = build(load(options, network, group, chosen))
   cells, left_out = choose(study, options)
   folder = options.workdir or pathlib.Path("runs") / f"{name}-{network.name}"
   for sentence in left_out:
-    say(sentence)
+    log(sentence)
   if options.dry_run and processes.is_main():
     done = sum((folder / "stages" / f"{cell.stage}.json").exists() for cell in cells)
     print(f"{len(cells)} cells, {done} of them finished in {folder}\n{study.describe(cells)}")
   if study.need:
-    memory.check(study.need, group.local.devices)
+    memory.check(study.need, group.local.devices, remedy=REMEDY)
   if options.dry_run:
     return 0
   _check_same(cells)
 
   def work(folder: pathlib.Path, shutdown: Shutdown) -> None:
-    site = Site(
+    workspace = Workspace(
       network,
       group,
-      Stages(folder, {"study": name}),
-      shutdown,
+      ResultStore(folder, {"study": name}),
+      lambda: shutdown.requested,
       folder,
       options.checkpoint_seconds,
       options.checkpoint_steps,
     )
     for number, cell in enumerate(cells, 1):
-      measure_cell(site, cell, f"[{number}/{len(cells)}]")
-    study_report.finish(site, study, collect(study, site.stages), options.seeds)
+      measure_cell(workspace, cell, f"[{number}/{len(cells)}]")
+    study_report.finish(workspace, study, collect(study, workspace.results), options.seeds)
 
-  in_workdir(folder, main_job, work)
+  in_workdir(folder, work, resume=options.resume)
   return 0
 
 
@@ -197,28 +199,28 @@ def choose(study: Study, options: StudyOptions) -> tuple[list[Cell], list[str]]:
   return cells, [f"left out: {text}" for text in dict.fromkeys(str(reason) for _, _, reason in left_out)]
 
 
-def measure_cell(site: Site, cell: Cell, progress: str) -> None:
+def measure_cell(workspace: Workspace, cell: Cell, progress: str) -> None:
   """Measure a cell unless its value is there already."""
-  scratch = site.stages.folder / "distillation" / digest(cell.stage)
+  scratch = workspace.folder / "distillation" / digest(cell.stage)
   computed = []
 
   def compute() -> dict[str, Any]:
     begin = time.perf_counter()
-    found = cell.plan.compute(site._replace(scratch=scratch), cell.seed)
+    found = cell.plan.compute(workspace._replace(scratch=scratch), cell.seed)
     record = dict(found) if isinstance(found, Mapping) else {"value": found}
     computed.append(time.perf_counter() - begin)
     return {**record, "seconds": computed[-1], "protocol": cell.plan.protocol}
 
-  site.shutdown_point()
-  record = site.stages.once(cell.stage, compute)
+  workspace.stop_if_asked()
+  record = workspace.results.once(cell.stage, compute)
   processes.from_main(lambda: study_report.remove(scratch))
   text = cell_text(Entry({cell.seed: record}, seeded=False), cell.table.unit_of(cell.column))
   when = f"in {computed[0]:.1f} s" if computed else "(measured before)"
   seed = f", seed {cell.seed}" if cell.plan.seeded else ""
-  say(f"{progress} {cell.row}, {cell.column}{seed}: {text} {when}")
+  log(f"{progress} {cell.row}, {cell.column}{seed}: {text} {when}")
 
 
-def collect(study: Study, stages: Stages) -> dict[str, Results]:
+def collect(study: Study, results: ResultStore) -> dict[str, Results]:
   """Everything that the folder holds for the cells of a study under its present settings, whatever the run."""
   found: dict[str, Results] = {}
   for table in study.tables:
@@ -230,18 +232,19 @@ def collect(study: Study, stages: Stages) -> dict[str, Results]:
         except Missing:
           continue
         if plan is not None:
-          records = dict(_records(stages, Cell(table, row, column, 0, plan).folder))
+          records = dict(_records(results, Cell(table, row, column, 0, plan).folder))
           entries[row, column] = Entry(records, plan.protocol, plan.seeded)
     found[table.title] = entries
   return found
 
 
-def _records(stages: Stages, folder: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-  for path in sorted((stages.folder / "stages" / folder).glob("seed-*.json")):
+def _records(results: ResultStore, folder: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+  assert results.folder is not None
+  for path in sorted((results.folder / "stages" / folder).glob("seed-*.json")):
     try:
       yield int(path.stem.removeprefix("seed-")), read_sealed_json(path)["result"]
     except CheckpointError as error:
-      say(f"{error}; it is left out of the table, and measured again when its seed is asked for")
+      log(f"{error}; it is left out of the table, and measured again when its seed is asked for")
 
 
 def _check_same(cells: Sequence[Cell]) -> None:

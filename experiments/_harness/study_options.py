@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments._harness.options import ByPreset, Options, Preset
+from kwjax.cli.options import ByPreset, Options, Preset
 from kwjax.errors import KwjaxError
 
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: by the study)")]

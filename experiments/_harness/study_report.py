@@ -8,38 +8,40 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments._harness.common import say
-from experiments._harness.stages import Site
 from experiments._harness.tables import PERCENT, Entry, Results, Table, as_json, as_rows, as_text, over_seeds, write_csv
 from kwjax.analysis import figures
+from kwjax.compression.workspace import Workspace
 from kwjax.network import fingerprint
 from kwjax.runtime import processes
+from kwjax.runtime.messages import log
 from kwjax.runtime.report import Picture, command_line, versions, write_report
 
 if TYPE_CHECKING:
   from experiments._harness.study import Study
 
-Figures = Callable[[Site, pathlib.Path, Sequence[Table], Mapping[str, Results]], Mapping[str, pathlib.Path | Picture]]
-"""`(site, folder, tables, {table title: Results}) -> {title: PNG, or Picture with a caption}`."""
+Figures = Callable[
+  [Workspace, pathlib.Path, Sequence[Table], Mapping[str, Results]], Mapping[str, pathlib.Path | Picture]
+]
+"""`(workspace, folder, tables, {table title: Results}) -> {title: PNG, or Picture with a caption}`."""
 
 
-def finish(site: Site, study: Study, results: Mapping[str, Results], seeds: Sequence[int]) -> None:
+def finish(workspace: Workspace, study: Study, results: Mapping[str, Results], seeds: Sequence[int]) -> None:
   """Write report.json, report.html, tables.csv and figures of everything measured so far, and print the tables."""
-  folder = site.stages.folder
-  extra = study.report(site, results)
+  folder = workspace.folder
+  extra = study.report(workspace, results)
   with tempfile.TemporaryDirectory() as elsewhere:
     # All processes draw, because reading images is something they do together; one keeps what it drew.
     place = folder / "figures" if processes.is_main() else pathlib.Path(elsewhere)
-    pictures = study.figures(site, place, study.tables, results)
+    pictures = study.figures(workspace, place, study.tables, results)
   if not processes.is_main():
     return
   filled = [(table, results[table.title]) for table in study.tables]
   write_csv(folder / "tables.csv", filled)
   report = {
-    "network": site.network.name,
+    "network": workspace.network.name,
     "protocol": {
-      "teacher": f"{site.network.name}, float32, {site.network.source.get('file', 'weights of unknown origin')}",
-      "network fingerprint": fingerprint(site.network)[:16],
+      "teacher": f"{workspace.network.name}, float32, {workspace.network.source.get('file', 'weights of unknown origin')}",
+      "network fingerprint": fingerprint(workspace.network)[:16],
       **study.protocol,
     },
     "seed": list(seeds) if len(seeds) > 1 else seeds[0],
@@ -57,11 +59,11 @@ def finish(site: Site, study: Study, results: Mapping[str, Results], seeds: Sequ
   )
   for table, found in filled:
     print(f"\n{as_text(table, found)}", flush=True)
-  say(f"\ndone: {page}, {folder / 'tables.csv'}")
+  log(f"\ndone: {page}, {folder / 'tables.csv'}")
 
 
 def draw_bars(
-  site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+  workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
 ) -> dict[str, Picture]:
   """Bars of every table whose columns are all accuracies, with one standard deviation, as far as measured."""
   pictures = {}

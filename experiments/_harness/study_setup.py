@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments._harness import memory
 from experiments._harness.image_sets import Source, identity, real, synthesized
-from experiments._harness.options import Sizes, synthesis_config
-from experiments._harness.stages import REAL
 from experiments._harness.study_options import Missing, StudyOptions
+from kwjax.cli.options import config_of, fine_tuning_of
+from kwjax.compression.settings import Sizes, memory_need
+from kwjax.compression.workspace import REAL
+from kwjax.distillation import DistillConfig
 from kwjax.errors import KwjaxError
 from kwjax.network import Network
+from kwjax.runtime import memory
 from kwjax.runtime.data import ImageData, load_data
 from kwjax.runtime.parallel import DeviceGroup
 from kwjax.synthesis import SynthesisConfig
@@ -30,7 +31,11 @@ class Setup(NamedTuple):
 
   def config(self, scheme: str) -> SynthesisConfig:
     """Settings of a synthesis: published ones under --preset paper, else the project's defaults at the preset's size."""
-    return synthesis_config(self.options.main_job(scheme), self.network, self.chosen)
+    return config_of(self.options.main_job(scheme), self.network, self.chosen)
+
+  def distill_config(self, chosen: Sizes, scheme: str) -> DistillConfig:
+    """Settings of a fine-tuning on images of a scheme: those of the preset."""
+    return fine_tuning_of(self.options.main_job(), chosen).config(self.network, scheme)
 
   def labelled(self) -> ImageData:
     """The images of --eval-data.
@@ -74,8 +79,10 @@ class Setup(NamedTuple):
 
   def need(self, configs: Sequence[SynthesisConfig], *, distills: bool) -> memory.Need:
     """Memory at the peak of syntheses and of a fine-tuning."""
-    chosen = self.chosen if distills else dataclasses.replace(self.chosen, distill_steps=0)
-    found = [memory.predict(self.network, config, chosen, self.group.size) for config in configs]
+    images, trained = self.chosen.images + self.chosen.held_out, 0
+    if distills and self.chosen.distill_steps:
+      trained = self.chosen.distill_batch_size
+    found = [memory_need(self.network, c, images=images, trained=trained, devices=self.group.size) for c in configs]
     return memory.Need(max(need.device for need in found), max(need.host for need in found))
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from experiments._harness.options import ByPreset, Preset
+from kwjax.cli.options import ByPreset, Preset
 from kwjax.errors import KwjaxError
 from kwjax.models import known_models, model_info
 from kwjax.runtime.data import ImageData

@@ -13,7 +13,7 @@ weights keep the part of their range with the least squared error. `bias`: the m
 float network's (Nagel et al. 2019). `moments`: BatchNorm's variances as well. `equalized`: scale is moved between neighbouring
 layers where that changes nothing (Nagel et al. 2019). `+`: both. Columns: images that calibrate: real ones (a comparison; left
 out without --real-data), images made from BatchNorm statistics (`bns`), Gaussian noise (`gaussian`). Two tables: top-1, and
-KL(float || copy) on the same images, which tells methods apart where top-1 cannot.
+KL(float || quantized) on the same images, which tells methods apart where top-1 cannot.
 
 No published numbers.
 """
@@ -32,17 +32,19 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from experiments._harness import cost, stages
-from experiments._harness.arguments import parse
-from experiments._harness.calibration import PAPER, Method, calibrated_copy, scored
-from experiments._harness.common import run_command
 from experiments._harness.distilled import float_score
 from experiments._harness.image_sets import Source, digest, identity, short_name
-from experiments._harness.stages import CALIBRATION_KEY, GAUSSIAN, REAL, Site
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.study_report import top1_results
 from experiments._harness.tables import Results, Table
+from experiments.calibration.scored import DRAWS, scored, with_draws
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.compression.student import calibrated
+from kwjax.compression.workspace import CALIBRATION_KEY, GAUSSIAN, REAL, Workspace, stream_key
 from kwjax.quantization import QuantRules
+from kwjax.quantization.methods import PAPER, Method
+from kwjax.runtime import cost
 from kwjax.runtime.data import ImageData
 
 METHODS: dict[str, Method] = {
@@ -77,14 +79,14 @@ class Options(StudyOptions):
   """Precision, #w#a."""
   first_last: str = "none"
   """Precision of the first convolution and of the classifier; `none` treats them like the rest."""
-  weight_reading: Literal["auto", "integer", "affine", "affine0", "sym", "symfull", "midrise"] = "auto"
+  weight_scheme: Literal["auto", "integer", "affine", "affine0", "sym", "symfull", "midrise"] = "auto"
   """Grid of the weights; auto: affine from 4 bits on, which has no integer form; affine0, sym and symfull have one."""
 
 
 def _settings(method: Method) -> dict[str, Any]:
   """What tells a method from others; one that leaves variances alone is what it was before there was that choice."""
-  settings = method._asdict()
-  return settings if settings.pop("corrects_variance") is False else method._asdict()
+  settings = {name: value for name, value in method._asdict().items() if name not in DRAWS}
+  return {name: value for name, value in settings.items() if name != "corrects_variance" or value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,50 +112,49 @@ class _Work:
     parts = [rules.describe(), *([method.describe()] if method.describe() else [])]
     how = "" if rules.needs_histograms else f" for {chosen.calibration_steps} x {chosen.calibration_batch} draws"
     protocol = (
-      f"{', '.join(parts)}; {source.words}{how}; {len(self.evaluation)} images of {short_name(self.evaluation)}"
+      f"{', '.join(parts)}; {source.description}{how}; {len(self.evaluation)} images of {short_name(self.evaluation)}"
     )
     value = "kl" if table.unit_of(column) == _NATS else "top1"
 
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
+    def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
       name = f"methods/{digest([row, column, settings])}-seed{seed}"
-      found = site.stages.once(name, lambda: self._measure(site, source, method, seed))
+      found = workspace.results.once(name, lambda: self._measure(workspace, source, method, seed))
       return {"value": found[value], "count": len(self.evaluation), "images": found["images"]}
 
     return CellPlan(settings, protocol, compute)
 
-  def _measure(self, site: Site, source: Source, method: Method, seed: int) -> dict[str, Any]:
-    images = source.images(site, seed)[: self.setup.chosen.images]
-    copy = calibrated_copy(
-      site,
+  def _measure(self, workspace: Workspace, source: Source, method: Method, seed: int) -> dict[str, Any]:
+    images = source.images(workspace, seed)[: self.setup.chosen.images]
+    student = calibrated(
+      workspace,
       f"{source.stage('ranges', seed)}-{len(images)}",
       images,
       self.rules,
-      method,
-      self.setup.chosen,
-      key=stages.stream_key(seed, CALIBRATION_KEY),
-      words=source.name,
+      with_draws(method, self.setup.chosen),
+      key=stream_key(seed, CALIBRATION_KEY),
+      description=source.name,
     )
-    return {**scored(site, copy, self.evaluation, self.logits), "images": len(images)}
+    return {**scored(workspace, student, self.evaluation, self.logits), "images": len(images)}
 
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""
     chosen = self.setup.chosen
     made = {(cell.column, cell.seed) for cell in cells if cell.column not in (REAL, GAUSSIAN)}
     config = self.setup.config("bns")
-    copies = len({(cell.row, cell.column, cell.seed) for cell in cells})
+    students = len({(cell.row, cell.column, cell.seed) for cell in cells})
     return f"images        {len(made)} sets of {chosen.images}, {config.steps} steps a batch\n" + cost.estimate(
       self.setup.network,
       synthesized=len(made) * chosen.images * config.duplicates * config.steps,
       trained=0,
-      evaluated=copies * (len(self.evaluation) + 2 * chosen.images),
+      evaluated=students * (len(self.evaluation) + 2 * chosen.images),
     )
 
-  def report(self, site: Site, results: Mapping[str, Results]) -> Mapping[str, Any]:
+  def report(self, workspace: Workspace, results: Mapping[str, Results]) -> Mapping[str, Any]:
     """Keys of report.json beside the tables."""
     title = next(iter(results))
     table = Table(title, tuple(METHODS), COLUMNS)
     return {
-      "float": float_score(site, self.evaluation),
+      "float": float_score(workspace, self.evaluation),
       "calibrated": top1_results(table, results[title], {column: column for column in COLUMNS}),
     }
 
@@ -165,7 +166,7 @@ def build(setup: Setup) -> Study:
   rules = QuantRules.parse(
     options.bits,
     first_last=None if options.first_last == "none" else options.first_last,
-    weights=options.weight_reading,
+    weights=options.weight_scheme,
   )
   rules.resolve(setup.network)
   work = _Work(setup, evaluation, rules)
@@ -193,7 +194,7 @@ _NATS_OF_ALL = dict.fromkeys(COLUMNS, _NATS)
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(Options, args, "calibration.table_calibration", __doc__)
+  options = parse(Options, args, "python -m experiments.calibration.table_calibration", __doc__)
   return run_command(
     lambda: run(options, name="table_calibration", build=build, arch="resnet44", default="efficientnet_lite0")
   )

@@ -7,7 +7,7 @@ Rows: mean bits of the weights, over all weights, and of the activations, over a
 large as the one with that many bits everywhere. Columns: `equal`, the same bits in every layer; `by layer`, the bits that
 `allocate_bits` chooses by the sensitivity of each layer, measured on images made from BatchNorm statistics. Both are calibrated
 on these images in the main job's way (`--calibration best`), in the columns `..., paper` in the paper's. Two tables: top-1, and
-KL(float || copy). No real image is used but for the evaluation.
+KL(float || quantized). No real image is used but for the evaluation.
 
 Ours, by that command, ResNet-44 (float 93.41 on 1017 CIFAR-10 test images), seed 0, four minutes on two cores (AMD EPYC with
 AVX-512); standard error of one top-1 about 0.9 points:
@@ -36,21 +36,24 @@ from experiments._harness.launch import relaunch_with_huge_pages
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-from experiments._harness import cost, stages
-from experiments._harness.arguments import parse
-from experiments._harness.calibration import BEST, PAPER, Method, calibrated_copy, scored
-from experiments._harness.common import run_command, say
 from experiments._harness.distilled import float_score
 from experiments._harness.image_sets import Source, digest, identity, short_name
-from experiments._harness.stages import CALIBRATION_KEY, Site
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.tables import Results, Table, over_seeds
+from experiments.calibration.scored import DRAWS, scored, with_draws
 from kwjax.analysis.allocation_figures import bits_by_layer, size_curves
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.compression.student import calibrated
+from kwjax.compression.workspace import CALIBRATION_KEY, Workspace, stream_key
 from kwjax.errors import KwjaxError, RuleError
 from kwjax.intercept import matmul_layers
 from kwjax.quantization import Allocation, QuantRules, Sensitivity, allocate_from, measure_sensitivity
 from kwjax.quantization.allocate import CANDIDATES, Budget
+from kwjax.quantization.methods import BEST, PAPER, Method
+from kwjax.runtime import cost
 from kwjax.runtime.data import ImageData
+from kwjax.runtime.messages import log
 from kwjax.runtime.report import Picture
 
 EQUAL, BY_LAYER = "equal", "by layer"
@@ -81,30 +84,32 @@ class _Work:
 
   @property
   def source(self) -> Source:
-    """Images that sensitivities are measured on and copies are calibrated with."""
+    """Images that sensitivities are measured on and students are calibrated with."""
     return self.setup.source("bns", self.setup.chosen.images)
 
-  def sensitivity(self, site: Site, seed: int) -> dict[str, Sensitivity]:
+  def sensitivity(self, workspace: Workspace, seed: int) -> dict[str, Sensitivity]:
     """Of every layer, measured once for all budgets, in the paper's calibration."""
     count = min(self.options.sensitivity_images, self.setup.chosen.images)
 
     def compute() -> list[Any]:
-      say(f"measuring the sensitivity of every layer on {count} images")
-      key = stages.stream_key(seed, CALIBRATION_KEY)
-      images, base = self.source.images(site, seed)[:count], QuantRules.parse("8w8a")
-      size = 32 if site.network.image_shape[0] <= 64 else 8
+      log(f"measuring the sensitivity of every layer on {count} images")
+      key = stream_key(seed, CALIBRATION_KEY)
+      images, base = self.source.images(workspace, seed)[:count], QuantRules.parse("8w8a")
+      size = 32 if workspace.network.image_shape[0] <= 64 else 8
       found = measure_sensitivity(
-        site.network, images, CANDIDATES, base, key=key, batch_size=size, progress=True, devices=1
+        workspace.network, images, CANDIDATES, base, key=key, batch_size=size, progress=True, devices=1
       )
       return [[name, *entry] for name, entry in found.items()]
 
-    stored = site.stages.once(f"{self.source.stage('sensitivity', seed)}-{count}", compute)
+    stored = workspace.results.once(f"{self.source.stage('sensitivity', seed)}-{count}", compute)
     as_bits = lambda table: {int(bits): float(loss) for bits, loss in table.items()}
     return {name: Sensitivity(as_bits(weights), as_bits(inputs), *sizes) for name, weights, inputs, *sizes in stored}
 
-  def allocation(self, site: Site, budget: str, seed: int) -> Allocation:
+  def allocation(self, workspace: Workspace, budget: str, seed: int) -> Allocation:
     """Bits of every layer under a budget."""
-    return allocate_from(site.network, self.sensitivity(site, seed), budget=budget, rules=QuantRules.parse("8w8a"))
+    return allocate_from(
+      workspace.network, self.sensitivity(workspace, seed), budget=budget, rules=QuantRules.parse("8w8a")
+    )
 
   def plan(self, table: Table, row: str, column: str) -> CellPlan | None:
     """How one cell is measured; equal bits are whole ones."""
@@ -117,7 +122,7 @@ class _Work:
       "source": source.settings,
       "budget": row,
       "equal": is_equal,
-      "method": method._asdict(),
+      "method": {name: value for name, value in method._asdict().items() if name not in DRAWS},
       "sensitivity": 0 if is_equal else self.options.sensitivity_images,
       "calibration": [chosen.images, chosen.calibration_steps, chosen.calibration_batch],
       "evaluation": identity(self.evaluation),
@@ -125,40 +130,42 @@ class _Work:
     how = f"{row} in every layer" if is_equal else f"{row} on average, by layer"
     protocol = (
       f"{how}, {method.applied(QuantRules.parse('8w8a')).describe().partition(', ')[2]}"
-      f"{', ' + method.describe() if method.describe() else ''}; {source.words}; {len(self.evaluation)} images of "
+      f"{', ' + method.describe() if method.describe() else ''}; {source.description}; {len(self.evaluation)} images of "
       f"{short_name(self.evaluation)}"
     )
 
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
-      found = site.stages.once(
-        f"copies/{digest([row, column, settings])}-seed{seed}", lambda: self._measure(site, row, is_equal, method, seed)
+    def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+      found = workspace.results.once(
+        f"copies/{digest([row, column, settings])}-seed{seed}",
+        lambda: self._measure(workspace, row, is_equal, method, seed),
       )
       return {**found, "value": found[value], "count": len(self.evaluation)}
 
     return CellPlan(settings, protocol, compute)
 
-  def _measure(self, site: Site, budget: str, is_equal: bool, method: Method, seed: int) -> dict[str, Any]:
-    rules = QuantRules.parse(budget) if is_equal else self.allocation(site, budget, seed).rules
-    images = self.source.images(site, seed)[: self.setup.chosen.images]
-    copy = calibrated_copy(
-      site,
+  def _measure(self, workspace: Workspace, budget: str, is_equal: bool, method: Method, seed: int) -> dict[str, Any]:
+    rules = QuantRules.parse(budget) if is_equal else self.allocation(workspace, budget, seed).rules
+    images = self.source.images(workspace, seed)[: self.setup.chosen.images]
+    student = calibrated(
+      workspace,
       f"{self.source.stage('ranges', seed)}-{len(images)}",
       images,
       rules,
-      method,
-      self.setup.chosen,
-      key=stages.stream_key(seed, CALIBRATION_KEY),
-      words=self.source.name,
+      with_draws(method, self.setup.chosen),
+      key=stream_key(seed, CALIBRATION_KEY),
+      description=self.source.name,
     )
-    bits = {name: [rule.weight_bits, rule.activation_bits] for name, rule in copy.rules.resolve(site.network).items()}
-    return {**scored(site, copy, self.evaluation, self.logits), "bits": bits}
+    bits = {
+      name: [rule.weight_bits, rule.activation_bits] for name, rule in student.rules.resolve(workspace.network).items()
+    }
+    return {**scored(workspace, student, self.evaluation, self.logits), "bits": bits}
 
   def figures(
-    self, site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+    self, workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
   ) -> dict[str, Picture]:
     """Top-1 by the size of the weights, and the bits of every layer under each budget."""
     found, pictures = results[tables[0].title], {}
-    weights = sum(math.prod(layer.kernel_shape or ()) * layer.repeats for layer in matmul_layers(site.network))
+    weights = sum(math.prod(layer.kernel_shape or ()) * layer.repeats for layer in matmul_layers(workspace.network))
     curves: dict[str, list[tuple[float, float | None]]] = {}
     for (row, column), entry in found.items():
       over, mean = over_seeds(entry), Budget.parse(row).weights
@@ -182,14 +189,14 @@ class _Work:
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""
     chosen, config = self.setup.chosen, self.setup.config("bns")
-    copies = len({(cell.row, cell.column, cell.seed) for cell in cells})
+    students = len({(cell.row, cell.column, cell.seed) for cell in cells})
     layers, seeds = len(matmul_layers(self.setup.network)), len({cell.seed for cell in cells})
     tried = seeds * layers * 2 * len(CANDIDATES) * self.options.sensitivity_images
     return f"images        {seeds} sets of {chosen.images}, {config.steps} steps a batch\n" + cost.estimate(
       self.setup.network,
       synthesized=seeds * chosen.images * config.duplicates * config.steps,
       trained=0,
-      evaluated=tried + copies * (len(self.evaluation) + 2 * chosen.images),
+      evaluated=tried + students * (len(self.evaluation) + 2 * chosen.images),
     )
 
 
@@ -225,7 +232,7 @@ def build(setup: Setup) -> Study:
       "sensitivity": f"KL(float || one layer quantized), {options.sensitivity_images} images, ranges of the paper's calibration",
     },
     describe=work.describe,
-    report=lambda site, results: {"float": float_score(site, evaluation)},
+    report=lambda workspace, results: {"float": float_score(workspace, evaluation)},
     figures=work.figures,
     need=setup.need([setup.config("bns")], distills=False),
   )
@@ -233,7 +240,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(Options, args, "calibration.table_mixed", __doc__)
+  options = parse(Options, args, "python -m experiments.calibration.table_mixed", __doc__)
   return run_command(
     lambda: run(options, name="table_mixed", build=build, arch="resnet44", default="efficientnet_lite0")
   )

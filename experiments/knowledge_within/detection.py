@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments._harness.stages import Site
 from experiments._harness.study import CellPlan, Missing
 from experiments.knowledge_within.similarity_sets import (
   DIVERGENCE,
@@ -18,8 +17,9 @@ from experiments.knowledge_within.similarity_sets import (
   Subject,
 )
 from kwjax.analysis.roc import auroc, auroc_interval
+from kwjax.compression.workspace import Workspace
 
-_WORDS = {
+_DESCRIPTIONS = {
   DIVERGENCE: "mean divergence of a single image over the deepest third of the layers",
   FITTED: "distance of its divergences from those of the training images",
   FITTED_BNS: "distance of its divergences from those of",
@@ -46,17 +46,17 @@ def detection_cell(subject: Subject, row: str, kind: str) -> CellPlan | None:
   if kind == GROUPS and min(inside.size, outside.size) < GROUP:
     raise Missing(f"{GROUPS} needs at least {GROUP} images of each set: --images {GROUP} or more")
   settings = {**subject.settings(subject.own, row), "score": kind, "reference": subject.score_settings(kind)}
-  words = f"{_WORDS[kind]} {subject.made.words}" if kind == FITTED_BNS else _WORDS[kind]
+  description = f"{_DESCRIPTIONS[kind]} {subject.made.description}" if kind == FITTED_BNS else _DESCRIPTIONS[kind]
 
-  def compute(site: Site, seed: int) -> Mapping[str, Any]:
-    own, other = (subject.scores(site, kind, name, seed) for name in (subject.own, row))
+  def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+    own, other = (subject.scores(workspace, kind, name, seed) for name in (subject.own, row))
     area = auroc(own, other)
     interval = auroc_interval(area, len(own), len(other))
     return {"value": area, "interval": list(interval), "counts": [len(own), len(other)]}
 
   return CellPlan(
     settings,
-    f"{words}; {inside.words} against {outside.words}",
+    f"{description}; {inside.description} against {outside.description}",
     compute,
     seeded=any(subject.is_seeded(kind, name) for name in (subject.own, row)),
   )

@@ -35,15 +35,17 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from experiments._harness import cost, stages
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command, say
 from experiments._harness.image_sets import synthesized
-from experiments._harness.options import synthesis_config
-from experiments._harness.stages import SYNTHESIS_KEY, Site
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.tables import Results, Table
 from kwjax.analysis.curves import CurvePanel, curve_panels
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.cli.options import config_of
+from kwjax.compression.images import make_images
+from kwjax.compression.workspace import SYNTHESIS_KEY, Workspace, stream_key
+from kwjax.runtime import cost
+from kwjax.runtime.messages import log
 from kwjax.synthesis import SynthesisConfig
 
 START, LOWEST, LOWEST_AT, LAST = "start", "lowest", "lowest at step", "last"
@@ -100,7 +102,7 @@ class _Work:
     options, chosen = self.setup.options, self.setup.chosen
     sized = {} if options.preset == "paper" else {name: getattr(chosen, name) for name in _CPU if name != "images"}
     job = dataclasses.replace(options.main_job(scheme), preset="paper", **sized)
-    config = synthesis_config(job, self.setup.network, chosen)
+    config = config_of(job, self.setup.network, chosen)
     changes: dict[str, Any] = {"monitor": (WATCHED[scheme].monitor,)}
     if scheme == "bns":
       changes |= {"smoothness_size": 3, "smoothness_sigma": 1.0}
@@ -111,18 +113,18 @@ class _Work:
     options = self.setup.options
     return config.batch_size if options.preset == "paper" and options.images is None else self.setup.chosen.images
 
-  def history(self, site: Site, scheme: str, seed: int) -> dict[str, np.ndarray]:
+  def history(self, workspace: Workspace, scheme: str, seed: int) -> dict[str, np.ndarray]:
     """`{term: f64[steps]}`, the mean over batches; made once."""
     config = self.config(scheme)
     count = self.count(config)
     source = synthesized(self.setup.network, config, count)
 
     def compute() -> dict[str, Any]:
-      key = stages.stream_key(seed, SYNTHESIS_KEY)
-      found = stages.make_images(site, config, source.stage("synthesis", seed), count=count, key=key).history
+      key = stream_key(seed, SYNTHESIS_KEY)
+      found = make_images(workspace, config, source.stage("synthesis", seed), count=count, key=key).history
       return {name: values.astype(np.float64).mean(0).tolist() for name, values in found.items() if values.ndim == 2}
 
-    curves = site.stages.once(source.stage("history", seed), compute)
+    curves = workspace.results.once(source.stage("history", seed), compute)
     return {name: np.asarray(values) for name, values in curves.items()}
 
   def plan(self, table: Table, row: str, column: str) -> CellPlan:
@@ -130,13 +132,13 @@ class _Work:
     config, watch = self.config(row), WATCHED[row]
     source = synthesized(self.setup.network, config, self.count(config))
 
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
-      curve = self.history(site, row, seed)[watch.term]
+    def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+      curve = self.history(workspace, row, seed)[watch.term]
       return {"value": facts(curve)[column], "holds": watch.holds(curve)}
 
     return CellPlan(
       {"source": source.settings, "measure": [watch.name, column]},
-      f"{watch.name} while optimizing {source.words}, published settings, {config.duplicates} copies",
+      f"{watch.name} while optimizing {source.description}, published settings, {config.duplicates} copies",
       compute,
     )
 
@@ -150,12 +152,12 @@ class _Work:
       evaluated=0,
     )
 
-  def report(self, site: Site, results: Mapping[str, Results]) -> Mapping[str, Any]:
+  def report(self, workspace: Workspace, results: Mapping[str, Results]) -> Mapping[str, Any]:
     """Keys of report.json beside the tables: each claim with its numbers and the curves."""
     claims, curves = [], {}
     for scheme, watch in WATCHED.items():
       for seed in measured_seeds(results, scheme):
-        history = self.history(site, scheme, seed)
+        history = self.history(workspace, scheme, seed)
         curve = history[watch.term]
         claims.append(
           {
@@ -166,18 +168,18 @@ class _Work:
           }
         )
         curves[f"{scheme}, seed {seed}"] = {name: values.tolist() for name, values in history.items()}
-    notes = [in_words(claim) for claim in claims]
+    notes = [as_text(claim) for claim in claims]
     for sentence in notes:
-      say(sentence)
+      log(sentence)
     return {"claims": claims, "curves": curves, "notes": notes}
 
   def figures(
-    self, site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+    self, workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
   ) -> dict[str, pathlib.Path]:
     """For each scheme what is watched, beside what it optimizes."""
     pictures = {}
     for scheme, watch in WATCHED.items():
-      found = {f"seed {seed}": self.history(site, scheme, seed) for seed in measured_seeds(results, scheme)}
+      found = {f"seed {seed}": self.history(workspace, scheme, seed) for seed in measured_seeds(results, scheme)}
       if not found:
         continue
       first = next(iter(found.values()))[watch.term]
@@ -196,7 +198,7 @@ def facts(curve: np.ndarray) -> dict[str, float]:
   return {START: float(curve[0]), LOWEST: float(curve[lowest]), LOWEST_AT: float(lowest), LAST: float(curve[-1])}
 
 
-def in_words(claim: Mapping[str, Any]) -> str:
+def as_text(claim: Mapping[str, Any]) -> str:
   """A claim with its numbers, and whether it holds."""
   return (
     f"{claim['claim']} (seed {claim['seed']}): {'holds' if claim['holds'] else 'does not hold'}; {claim[START]:.4g} at the "
@@ -245,7 +247,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(StudyOptions, args, "knowledge_within.figure2_monitor", __doc__)
+  options = parse(StudyOptions, args, "python -m experiments.knowledge_within.figure2_monitor", __doc__)
   return run_command(lambda: run(options, name="figure2_monitor", build=build, arch="resnet44"))
 
 

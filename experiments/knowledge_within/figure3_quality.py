@@ -43,22 +43,23 @@ from experiments._harness.launch import relaunch_with_huge_pages
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-from experiments._harness import cost
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command, say
 from experiments._harness.distilled import accuracy_cell, config_for, float_score, quantization_rules
 from experiments._harness.image_sets import Source, short_name, synthesized
-from experiments._harness.stages import REAL, Site
 from experiments._harness.study import Cell, CellPlan, Missing, Setup, Study, StudyOptions, run
 from experiments._harness.study_report import top1_results
 from experiments._harness.tables import PERCENT, Results, Table, over_seeds
 from experiments.knowledge_within.table5_sigma import similarity_of
 from kwjax.analysis.correlation import rank_correlation
 from kwjax.analysis.curves import CurvePanel, curve_panels
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.compression.workspace import REAL, Workspace
 from kwjax.distillation import DistillConfig
 from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantRules
+from kwjax.runtime import cost
 from kwjax.runtime.data import ImageData
+from kwjax.runtime.messages import log
 from kwjax.synthesis import SynthesisConfig
 
 BY_NUMBER = ("KD-bns", "KD-real")
@@ -114,7 +115,7 @@ class _Work:
     if column == JKL:
       return CellPlan(
         {"source": source.settings, "measure": JKL},
-        f"{source.words}; clean, BatchNorm in evaluation mode",
+        f"{source.description}; clean, BatchNorm in evaluation mode",
         similarity_of(source),
       )
     if column == CALIBRATED:
@@ -122,7 +123,7 @@ class _Work:
     return self.accuracy(source, self.snapshot_images, self.rules, config_for(setup, setup.chosen, "bns"))
 
   def accuracy(self, source: Source, count: int, rules: QuantRules, config: DistillConfig | None) -> CellPlan:
-    """Top-1 of the copy calibrated and, with a configuration, fine-tuned on `count` images."""
+    """Top-1 of the student calibrated and, with a configuration, fine-tuned on `count` images."""
     first = min(count, self.setup.chosen.images)
     evaluation = self.setup.labelled()
     return accuracy_cell(self.setup, source, rules, config, evaluation=evaluation, calibrate_on=first, tune_on=count)
@@ -148,7 +149,7 @@ class _Work:
       )
     )
 
-  def report(self, site: Site, results: Mapping[str, Results]) -> Mapping[str, Any]:
+  def report(self, workspace: Workspace, results: Mapping[str, Results]) -> Mapping[str, Any]:
     """Keys of report.json beside the tables: the fixed ones, and the rank correlations of J_KL with accuracy."""
     by_number, by_quality = results.values()
     rows = tuple(dict.fromkeys(row for row, _ in by_number))
@@ -165,8 +166,8 @@ class _Work:
       if value is not None
     ]
     for sentence in notes:
-      say(sentence)
-    score = None if self.evaluation is None else float_score(site, self.evaluation)
+      log(sentence)
+    score = None if self.evaluation is None else float_score(workspace, self.evaluation)
     correlations = {column: value for column, (value, _) in found.items()}
     return {
       "float": score,
@@ -176,7 +177,7 @@ class _Work:
     }
 
   def figures(
-    self, site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+    self, workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
   ) -> dict[str, pathlib.Path]:
     """Accuracy against the number of images, and against J_KL."""
     numbers, snapshots = tables
@@ -303,7 +304,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(Options, args, "knowledge_within.figure3_quality", __doc__)
+  options = parse(Options, args, "python -m experiments.knowledge_within.figure3_quality", __doc__)
   return run_command(lambda: run(options, name="figure3_quality", build=build, arch="resnet44"))
 
 

@@ -34,17 +34,17 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from experiments._harness import cost, stages
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command
-from experiments._harness.image_sets import Source
-from experiments._harness.stages import GAUSSIAN, GAUSSIAN_KEY, REAL, REAL_KEY, SYNTHESIS_KEY, Site
+from experiments._harness.image_sets import Source, drawn_indices
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.tables import PERCENT, Results, Table, number
 from kwjax.analysis import panel_figures
 from kwjax.analysis.panel_figures import Panel
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.compression.images import make_images, similarity
+from kwjax.compression.workspace import GAUSSIAN, GAUSSIAN_KEY, REAL, REAL_KEY, SYNTHESIS_KEY, Workspace, stream_key
 from kwjax.errors import KwjaxError
-from kwjax.runtime import processes
+from kwjax.runtime import cost, processes
 from kwjax.runtime.evaluate import predict
 from kwjax.synthesis import SynthesisConfig
 
@@ -91,18 +91,20 @@ class _Work:
     settings = {"source": source.settings, "measure": column}
     if column == _JKL:
       return CellPlan(
-        settings, f"{source.words}; clean, BatchNorm in evaluation mode, with the input", self._jkl(source)
+        settings, f"{source.description}; clean, BatchNorm in evaluation mode, with the input", self._jkl(source)
       )
 
-    def on_target(site: Site, seed: int) -> Mapping[str, Any]:
-      found = self.labelled(site, source, seed)
+    def on_target(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+      found = self.labelled(workspace, source, seed)
       assert found.labels is not None
-      site.shutdown_point()
-      logits = predict(site.network, found.images, batch_size=32, devices=site.group, should_stop=site.should_stop)
+      workspace.stop_if_asked()
+      logits = predict(
+        workspace.network, found.images, batch_size=32, devices=workspace.group, should_stop=workspace.should_stop
+      )
       hits = processes.gather(logits).argmax(axis=1) == found.labels
       return {"value": float(hits.mean()), "count": len(hits)}
 
-    return CellPlan(settings, f"{source.words}; share that the network takes for their class", on_target)
+    return CellPlan(settings, f"{source.description}; share that the network takes for their class", on_target)
 
   def has_classes(self, row: str) -> bool:
     """Whether each image of a row was meant for a class."""
@@ -110,17 +112,17 @@ class _Work:
       return self.setup.real_data is not None and self.setup.real_data.labels is not None
     return has_targets(self.setup.config(row))
 
-  def labelled(self, site: Site, source: Source, seed: int) -> Labelled:
+  def labelled(self, workspace: Workspace, source: Source, seed: int) -> Labelled:
     """The images of a source, made or read, with their classes where they have some."""
     if source.name == REAL:
       data = self.setup.real_data
       assert data is not None
-      chosen = stages.drawn_indices(data, self.setup.chosen.images, stages.stream_key(seed, REAL_KEY))
+      chosen = drawn_indices(data, self.setup.chosen.images, stream_key(seed, REAL_KEY))
       return Labelled(data.read(chosen), None if data.labels is None else data.labels[chosen])
     config = self.setup.config(source.name)
-    key = stages.stream_key(seed, SYNTHESIS_KEY if config.is_optimized else GAUSSIAN_KEY)
+    key = stream_key(seed, SYNTHESIS_KEY if config.is_optimized else GAUSSIAN_KEY)
     count = self.setup.chosen.images
-    made = stages.make_images(site, config, source.stage("synthesis", seed), count=count, key=key)
+    made = make_images(workspace, config, source.stage("synthesis", seed), count=count, key=key)
     return Labelled(np.asarray(made.images), np.asarray(made.labels) if has_targets(config) else None)
 
   def describe(self, cells: Sequence[Cell]) -> str:
@@ -139,7 +141,7 @@ class _Work:
     )
 
   def figures(
-    self, site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+    self, workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
   ) -> dict[str, pathlib.Path]:
     """A panel for each row that was measured, of the first of its seeds."""
     found, sets = results[tables[0].title], {}
@@ -147,7 +149,7 @@ class _Work:
       entry = found.get((row, _JKL)) or found.get((row, _ON_TARGET))
       if entry and entry.records:
         seed = min(entry.records)
-        sets[row] = self.labelled(site, self.setup.source(row, self.setup.chosen.images), seed), seed
+        sets[row] = self.labelled(workspace, self.setup.source(row, self.setup.chosen.images), seed), seed
     if not sets:
       return {}
     columns = _CLASSES[self.setup.network.image_shape[0] <= 64]
@@ -166,10 +168,10 @@ class _Work:
     return {"Images by scheme": path}
 
   def _jkl(self, source: Source) -> Any:
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
-      found = stages.similarity(site, self.labelled(site, source, seed).images)
+    def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+      found = similarity(workspace, self.labelled(workspace, source, seed).images)
       if found is None:
-        raise KwjaxError(f"network {site.network.name} has no BatchNorm, so there is no J_KL")
+        raise KwjaxError(f"network {workspace.network.name} has no BatchNorm, so there is no J_KL")
       return {"value": found["jkl"], "without_input": found["without_input"], "per_layer": found["per_layer"]}
 
     return compute
@@ -249,7 +251,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(Options, args, "knowledge_within.figure5_images", __doc__)
+  options = parse(Options, args, "python -m experiments.knowledge_within.figure5_images", __doc__)
   return run_command(lambda: run(options, name="figure5_images", build=build, arch="resnet44"))
 
 

@@ -40,16 +40,15 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from experiments._harness import cost
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command
 from experiments._harness.image_sets import Source
-from experiments._harness.stages import GAUSSIAN, REAL, Site
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.tables import PERCENT, Results, Table
 from kwjax.analysis import panel_figures
 from kwjax.analysis.bias import class_mass, evenness, tail_share
-from kwjax.runtime import processes
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.compression.workspace import GAUSSIAN, REAL, Workspace
+from kwjax.runtime import cost, processes
 from kwjax.runtime.evaluate import predict
 
 CHANCE = "chance"
@@ -88,12 +87,12 @@ class _Work:
     if row == REAL and self.setup.real_data is not None and count > len(self.setup.real_data):
       return None
 
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
-      mass = masses(site, source, count, seed)[kind]
+    def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+      mass = masses(workspace, source, count, seed)[kind]
       return {"value": min(1.0, _MEASURES[measure](mass)), "mass": mass}
 
     settings = {"source": source.settings, "count": count}
-    return CellPlan(settings, f"{kind} predictions of the first {count} of {source.words}", compute)
+    return CellPlan(settings, f"{kind} predictions of the first {count} of {source.description}", compute)
 
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""
@@ -111,7 +110,7 @@ class _Work:
     )
 
   def figures(
-    self, site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+    self, workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
   ) -> dict[str, pathlib.Path]:
     """All classes by mass over the largest set that was measured of each row, the mean of its seeds; and the tables as curves."""
     panels: dict[str, dict[str, np.ndarray]] = {}
@@ -137,32 +136,39 @@ class _Work:
     }
 
 
-def masses(site: Site, source: Source, count: int, seed: int) -> dict[str, list[float]]:
+def masses(workspace: Workspace, source: Source, count: int, seed: int) -> dict[str, list[float]]:
   """Soft and hard mean prediction f[k] over the first images of a source; measured once.
 
   Args:
-    site: where.
+    workspace: where.
     source: of the images.
     count: how many.
     seed: of the images.
   """
 
   def compute() -> dict[str, list[float]]:
-    site.shutdown_point()
-    size = 256 if site.network.image_shape[0] <= 64 else 32
-    images = source.images(site, seed)[:count]
+    workspace.stop_if_asked()
+    images = source.images(workspace, seed)[:count]
     found = class_mass(
-      processes.gather(predict(site.network, images, batch_size=size, devices=site.group, should_stop=site.should_stop))
+      processes.gather(
+        predict(
+          workspace.network,
+          images,
+          batch_size=workspace.batch_size,
+          devices=workspace.group,
+          should_stop=workspace.should_stop,
+        )
+      )
     )
     return {SOFT: found.soft.tolist(), HARD: found.hard.tolist()}
 
-  return site.stages.once(f"{source.stage('predictions', seed)}-{count}", compute)
+  return workspace.results.once(f"{source.stage('predictions', seed)}-{count}", compute)
 
 
 def _chance(measure: str, classes: int, count: int) -> CellPlan:
   """Expectation of a measure for `count` labels drawn evenly at random."""
 
-  def compute(site: Site, seed: int) -> Mapping[str, Any]:
+  def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
     drawn = np.random.default_rng(0).multinomial(count, np.full(classes, 1 / classes), size=_DRAWS) / count
     return {"value": min(1.0, float(np.mean([_MEASURES[measure](mass) for mass in drawn]))), "draws": _DRAWS}
 
@@ -202,7 +208,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(StudyOptions, args, "knowledge_within.figure7_bias", __doc__)
+  options = parse(StudyOptions, args, "python -m experiments.knowledge_within.figure7_bias", __doc__)
   return run_command(lambda: run(options, name="figure7_bias", build=build, arch="resnet44"))
 
 

@@ -10,7 +10,6 @@ from typing import Annotated
 import tyro
 
 from experiments._harness.image_sets import synthesized
-from experiments._harness.options import sizes, synthesis_config
 from experiments._harness.study_options import StudyOptions
 from experiments.knowledge_within.similarity_sets import (
   FGSM,
@@ -23,6 +22,7 @@ from experiments.knowledge_within.similarity_sets import (
   noise_sets,
   real_set,
 )
+from kwjax.cli.options import config_of, sizes
 from kwjax.errors import DataError, KwjaxError
 from kwjax.network import Network, load_network
 from kwjax.runtime.data import load_data
@@ -109,5 +109,5 @@ def _subject(options: Options, own: str, network: Network, data: Mapping[str, st
   sets |= {made.name: made for made in noise}
   job = dataclasses.replace(options, images=None).main_job()
   chosen = sizes(job, network)
-  made = synthesized(network, synthesis_config(job, network, chosen), chosen.images)
+  made = synthesized(network, config_of(job, network, chosen), chosen.images)
   return Subject(f"{network.name}@{own}", network, own, sets, absent, made)

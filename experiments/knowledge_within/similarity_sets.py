@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments._harness import stages
 from experiments._harness.image_sets import Source, digest, identity, short_name
-from experiments._harness.stages import Site
 from experiments._harness.study_options import Missing
 from kwjax.analysis.attacks import fgsm_images
 from kwjax.analysis.divergence_scores import ScoreReference, divergence_scores, fit_scores
 from kwjax.analysis.roc import max_softmax
 from kwjax.batchnorm import bns_loss, observe, reference_moments
+from kwjax.compression.images import similarity
+from kwjax.compression.workspace import GAUSSIAN_KEY, Workspace, stream_key
 from kwjax.errors import KwjaxError
 from kwjax.network import Network, fingerprint
 from kwjax.runtime import processes
@@ -41,7 +41,7 @@ class ImageSet(NamedTuple):
   Attributes:
     name: row of the tables.
     settings: everything but the seed that the images depend on, without the network.
-    words: for a protocol.
+    description: for a protocol.
     size: number of images.
     seeded: whether the images depend on the seed.
     labelled: whether they have classes.
@@ -50,7 +50,7 @@ class ImageSet(NamedTuple):
 
   name: str
   settings: Mapping[str, Any]
-  words: str
+  description: str
   size: int
   seeded: bool
   labelled: bool
@@ -64,13 +64,13 @@ def real_set(name: str, data: ImageData, limit: int | None) -> ImageSet:
   def read(seed: int) -> tuple[np.ndarray, np.ndarray | None]:
     chosen = np.arange(count)
     if count < len(data):
-      order = jax.random.permutation(stages.stream_key(seed, _DRAW_KEY), len(data))
+      order = jax.random.permutation(stream_key(seed, _DRAW_KEY), len(data))
       chosen = np.sort(np.asarray(order)[:count])
     return data.read(chosen), None if data.labels is None else data.labels[chosen]
 
   settings = {"data": identity(data), "count": count}
-  words = f"{count} images of {short_name(data)}"
-  return ImageSet(name, settings, words, count, count < len(data), data.labels is not None, read)
+  description = f"{count} images of {short_name(data)}"
+  return ImageSet(name, settings, description, count, count < len(data), data.labels is not None, read)
 
 
 def noise_sets(network: Network, count: int) -> tuple[ImageSet, ImageSet]:
@@ -78,10 +78,10 @@ def noise_sets(network: Network, count: int) -> tuple[ImageSet, ImageSet]:
   shape = network.image_shape
 
   def uniform(seed: int) -> tuple[np.ndarray, None]:
-    return np.asarray(jax.random.uniform(stages.stream_key(seed, _RANDOM_KEY), (count, *shape))), None
+    return np.asarray(jax.random.uniform(stream_key(seed, _RANDOM_KEY), (count, *shape))), None
 
   def normal(seed: int) -> tuple[np.ndarray, None]:
-    key = stages.stream_key(seed, stages.GAUSSIAN_KEY)
+    key = stream_key(seed, GAUSSIAN_KEY)
     return np.asarray(gaussian_images(key, count, shape, network.input_mean, network.input_std)), None
 
   return (
@@ -119,9 +119,9 @@ class Subject:
     if name == FGSM:
       own = self.images(self.own)
       if not own.labelled:
-        raise Missing(f"FGSM needs labels, but the {own.words} have none")
+        raise Missing(f"FGSM needs labels, but the {own.description} have none")
       settings = {"fgsm": EPSILON, "of": own.settings}
-      return own._replace(name=FGSM, settings=settings, words=f"FGSM of {EPSILON} on {own.words}")
+      return own._replace(name=FGSM, settings=settings, description=f"FGSM of {EPSILON} on {own.description}")
     if name not in self.sets:
       raise Missing(self.absent[name])
     return self.sets[name]
@@ -139,14 +139,14 @@ class Subject:
     """
     return {"network": self.identity, "sets": [self.images(name).settings for name in names]}
 
-  def pixels(self, site: Site, name: str, seed: int) -> np.ndarray:
+  def pixels(self, workspace: Workspace, name: str, seed: int) -> np.ndarray:
     """Images f32[n,h,w,c] of a set, those of `fgsm` may leave [0, 1] by the step."""
     found, labels = self.images(name).read(seed)
     if name != FGSM or labels is None:
       return found
-    return fgsm_images(self.network, found, labels, EPSILON, batch_size=self._batch, devices=site.group)
+    return fgsm_images(self.network, found, labels, EPSILON, batch_size=self._batch, devices=workspace.group)
 
-  def jkl(self, site: Site, name: str, seed: int) -> dict[str, Any]:
+  def jkl(self, workspace: Workspace, name: str, seed: int) -> dict[str, Any]:
     """J_KL of a set without the input (`value`), with it, and by layer; measured once.
 
     Raises:
@@ -154,14 +154,14 @@ class Subject:
     """
 
     def compute() -> dict[str, Any]:
-      found = stages.similarity(site._replace(network=self.network), self.pixels(site, name, seed))
+      found = similarity(workspace._replace(network=self.network), self.pixels(workspace, name, seed))
       if found is None:
         raise KwjaxError(f"network {self.name} has no BatchNorm, so there is no J_KL")
       return {"value": found["without_input"], "with_input": found["jkl"], "per_layer": found["per_layer"]}
 
-    return site.stages.once(self._stage("jkl", name, seed), compute)
+    return workspace.results.once(self._stage("jkl", name, seed), compute)
 
-  def scores(self, site: Site, kind: str, name: str, seed: int) -> np.ndarray:
+  def scores(self, workspace: Workspace, kind: str, name: str, seed: int) -> np.ndarray:
     """One number for every image of a set, or every group: the higher, the less it looks like the network's own; once.
 
     Raises:
@@ -169,19 +169,23 @@ class Subject:
     """
 
     def compute() -> list[float]:
-      site.shutdown_point()
-      images = self.pixels(site, name, seed)
+      workspace.stop_if_asked()
+      images = self.pixels(workspace, name, seed)
       if kind == GROUPS:
-        return self._of_groups(site, images, seed)
-      where: dict[str, Any] = {"batch_size": self._batch, "devices": site.group, "should_stop": site.should_stop}
+        return self._of_groups(workspace, images, seed)
+      where: dict[str, Any] = {
+        "batch_size": self._batch,
+        "devices": workspace.group,
+        "should_stop": workspace.should_stop,
+      }
       if kind == SOFTMAX:
         found = np.asarray(max_softmax(processes.gather(predict(self.network, images, **where))))
       else:
-        reference = None if kind == DIVERGENCE else self._reference(site, kind, seed)
+        reference = None if kind == DIVERGENCE else self._reference(workspace, kind, seed)
         found = divergence_scores(self.network, images, reference=reference, **where)
       return [float(value) for value in found]
 
-    return np.asarray(site.stages.once(self._stage(kind, name, seed), compute))
+    return np.asarray(workspace.results.once(self._stage(kind, name, seed), compute))
 
   def is_seeded(self, kind: str, name: str) -> bool:
     """Whether a score of a set depends on the seed."""
@@ -198,27 +202,29 @@ class Subject:
       return self.images(TRAIN).settings
     return self.made.settings if kind == FITTED_BNS else GROUP if kind == GROUPS else None
 
-  def _reference(self, site: Site, kind: str, seed: int) -> ScoreReference:
+  def _reference(self, workspace: Workspace, kind: str, seed: int) -> ScoreReference:
     """How the divergences of the network's training images, or of those made out of it, are distributed."""
 
     def compute() -> dict[str, Any]:
       if kind == FITTED:
-        images = self.pixels(site, TRAIN, seed)
+        images = self.pixels(workspace, TRAIN, seed)
       else:
-        images = self.made.images(site._replace(network=self.network), seed)
-      found = fit_scores(self.network, images, batch_size=self._batch, devices=site.group, should_stop=site.should_stop)
+        images = self.made.images(workspace._replace(network=self.network), seed)
+      found = fit_scores(
+        self.network, images, batch_size=self._batch, devices=workspace.group, should_stop=workspace.should_stop
+      )
       return {"layers": list(found.layers), "mean": found.mean.tolist(), "precision": found.precision.tolist()}
 
     name = f"reference/{digest([self.identity, kind, self.score_settings(kind)])}-seed{seed}"
-    found = site.stages.once(name, compute)
+    found = workspace.results.once(name, compute)
     return ScoreReference(tuple(found["layers"]), np.asarray(found["mean"]), np.asarray(found["precision"]))
 
-  def _of_groups(self, site: Site, images: np.ndarray, seed: int) -> list[float]:
+  def _of_groups(self, workspace: Workspace, images: np.ndarray, seed: int) -> list[float]:
     """J_KL of disjoint groups of images in random order: sets are often sorted by class."""
-    order = np.asarray(jax.random.permutation(stages.stream_key(seed, _GROUP_KEY), len(images)))
+    order = np.asarray(jax.random.permutation(stream_key(seed, _GROUP_KEY), len(images)))
     found = []
     for first in range(0, len(order) - GROUP + 1, GROUP):
-      site.shutdown_point()
+      workspace.stop_if_asked()
       found.append(float(group_jkl(self.network, images[order[first : first + GROUP]])))
     return found
 

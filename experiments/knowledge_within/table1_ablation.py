@@ -51,19 +51,20 @@ from experiments._harness.launch import relaunch_with_huge_pages
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-from experiments._harness import cost
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command, say
 from experiments._harness.distilled import accuracy_cell, config_for, float_score, quantization_rules
 from experiments._harness.image_sets import short_name
-from experiments._harness.stages import GAUSSIAN, REAL, Site
 from experiments._harness.study import Cell, CellPlan, Missing, Setup, Study, StudyOptions, run
 from experiments._harness.study_report import top1_results
 from experiments._harness.tables import Results, Table, over_seeds
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.compression.workspace import GAUSSIAN, REAL, Workspace
 from kwjax.distillation import Mixup
 from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantRules
+from kwjax.runtime import cost
 from kwjax.runtime.data import ImageData
+from kwjax.runtime.messages import log
 
 # Column: whether IQ is in the loss, whether images are mixed.
 COLUMNS: dict[str, tuple[bool, bool]] = {
@@ -142,7 +143,7 @@ class _Work:
       evaluation=self.evaluation,
       calibrate_on=min(count, setup.chosen.images),
       tune_on=count,
-      words=f"{column}{weight}, ",
+      description=f"{column}{weight}, ",
     )
 
   def describe(self, cells: Sequence[Cell]) -> str:
@@ -162,7 +163,7 @@ class _Work:
       )
     )
 
-  def report(self, site: Site, results: Mapping[str, Results]) -> Mapping[str, Any]:
+  def report(self, workspace: Workspace, results: Mapping[str, Results]) -> Mapping[str, Any]:
     """Keys of report.json beside the table: the fixed ones, and whether the paper's ordering shows."""
     ((title, found),) = results.items()
     rows = tuple(dict.fromkeys(row for row, _ in found))
@@ -173,8 +174,8 @@ class _Work:
     }
     notes = [sentence for row in rows if (sentence := ordering(found, row, len(self.evaluation))) is not None]
     for sentence in notes:
-      say(sentence)
-    return {"float": float_score(site, self.evaluation), "distilled": {self.rules.bits: distilled}, "notes": notes}
+      log(sentence)
+    return {"float": float_score(workspace, self.evaluation), "distilled": {self.rules.bits: distilled}, "notes": notes}
 
 
 def ordering(results: Results, row: str, count: int) -> str | None:
@@ -244,7 +245,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(Options, args, "knowledge_within.table1_ablation", __doc__)
+  options = parse(Options, args, "python -m experiments.knowledge_within.table1_ablation", __doc__)
   return run_command(lambda: run(options, name="table1_ablation", build=build, arch="resnet44"))
 
 

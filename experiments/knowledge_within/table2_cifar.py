@@ -56,11 +56,11 @@ if __name__ == "__main__":
   relaunch_with_huge_pages()
 
 from experiments._harness import quantization_table
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command
 from experiments._harness.quantization_table import KD, Column, Options, Published
 from experiments._harness.quantization_table import ROWS as ROWS
 from experiments._harness.study import Setup, Study, run
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
 from kwjax.quantization import QuantRules
 
 # Column: precision of the inner layers, and of the first and last.
@@ -127,7 +127,7 @@ def about_paper(arch: str) -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(Options, args, "knowledge_within.table2_cifar", __doc__)
+  options = parse(Options, args, "python -m experiments.knowledge_within.table2_cifar", __doc__)
   return run_command(lambda: run(options, name="table2_cifar", build=build, arch="resnet44"))
 
 

@@ -59,10 +59,6 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from experiments._harness import cost, memory
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command
-from experiments._harness.stages import Site
 from experiments._harness.study import Cell, CellPlan, Setup, Study, run
 from experiments._harness.tables import PERCENT, Results, Table, over_seeds
 from experiments.knowledge_within.detection import detection_cell
@@ -77,7 +73,11 @@ from experiments.knowledge_within.similarity_sets import (
   Subject,
 )
 from kwjax.analysis import comparison_figures
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.compression.workspace import Workspace
 from kwjax.errors import KwjaxError
+from kwjax.runtime import cost, memory
 
 _JKL, _RATIO = "Table 4: J_KL of data sets", "Table 7: J_KL of data sets over that of the training data"
 PAPER = {TRAIN: 0.023, "cifar100": 0.022, "mnist": 0.151, "svhn": 0.182, "stl10": 0.031, RANDOM: 0.498, FGSM: 0.075}
@@ -97,17 +97,17 @@ class _Work:
       return detection_cell(self.subjects[self.detection[table.title]], row, column)
     subject = self.subjects[column]
     names = (row,) if table.title == _JKL else (row, TRAIN)
-    protocol = f"{subject.images(row).words}, BatchNorm in evaluation mode, without the input"
+    protocol = f"{subject.images(row).description}, BatchNorm in evaluation mode, without the input"
 
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
-      found = subject.jkl(site, row, seed)
+    def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+      found = subject.jkl(workspace, row, seed)
       if table.title == _JKL:
         return {**found, "count": subject.images(row).size}
-      own = subject.jkl(site, TRAIN, seed)
+      own = subject.jkl(workspace, TRAIN, seed)
       return {"value": found["value"] / own["value"], "train": own["value"]}
 
     if table.title == _RATIO:
-      protocol += f"; over {subject.images(TRAIN).words}"
+      protocol += f"; over {subject.images(TRAIN).description}"
     seeded = any(subject.images(name).seeded for name in names)
     return CellPlan(subject.settings(*names), protocol, compute, seeded=seeded)
 
@@ -126,7 +126,7 @@ class _Work:
     return "\n".join(lines)
 
   def figures(
-    self, site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+    self, workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
   ) -> dict[str, pathlib.Path]:
     """Heat maps of J_KL, and the ROC curves of the first seed of each network."""
     drawn = {}
@@ -141,7 +141,7 @@ class _Work:
       for (row, kind), entry in results[title].items():
         if entry.records:
           seed = min(entry.records)
-          inside, outside = (subject.scores(site, kind, of, seed) for of in (subject.own, row))
+          inside, outside = (subject.scores(workspace, kind, of, seed) for of in (subject.own, row))
           panels.setdefault(row, {})[kind] = inside, outside
       if panels:
         drawn[f"{title}, ROC curves"] = comparison_figures.roc_panels(panels, folder / f"roc-{number}.png")
@@ -214,7 +214,7 @@ def _published(found: Mapping[str, Subject], rows: Sequence[str]) -> dict[tuple[
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(Options, args, "knowledge_within.table4_similarity", __doc__)
+  options = parse(Options, args, "python -m experiments.knowledge_within.table4_similarity", __doc__)
   return run_command(lambda: _run(options))
 
 

@@ -42,18 +42,20 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from experiments._harness import cost, image_sets, stages
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command
+from experiments._harness import image_sets
+from experiments._harness.accuracy import top1
 from experiments._harness.distilled import float_score
 from experiments._harness.image_sets import Source, identity, short_name
-from experiments._harness.stages import Site
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.tables import PERCENT, Results, Table
 from kwjax.analysis import figures
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.compression.images import similarity
+from kwjax.compression.workspace import Workspace
 from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantRules
-from kwjax.runtime import processes
+from kwjax.runtime import cost, processes
 from kwjax.runtime.forwarding import forward_rows
 from kwjax.synthesis.objective import smoothness_prior
 
@@ -98,20 +100,22 @@ class _Work:
     settings: dict[str, Any] = {"source": source.settings, "measure": measure}
     if measure == _JKL:
       return CellPlan(
-        settings, f"{source.words}; clean, BatchNorm in evaluation mode, with the input", similarity_of(source)
+        settings, f"{source.description}; clean, BatchNorm in evaluation mode, with the input", similarity_of(source)
       )
     if measure == _SMOOTHNESS:
-      return CellPlan(settings, f"{source.words}; against their blur by 5x5 of s 1", smoothness_of(source))
+      return CellPlan(settings, f"{source.description}; against their blur by 5x5 of s 1", smoothness_of(source))
     evaluation, rules = self.setup.labelled(), QuantRules.parse("4w4a", first_last="8w8a")
     settings |= {
       "rules": rules.to_json(),
       "calibration": [chosen.images, chosen.calibration_steps, chosen.calibration_batch],
       "evaluation": identity(evaluation),
     }
-    protocol = f"{rules.describe()}; {source.words}; top-1 on {len(evaluation)} images of {short_name(evaluation)}"
+    protocol = (
+      f"{rules.describe()}; {source.description}; top-1 on {len(evaluation)} images of {short_name(evaluation)}"
+    )
 
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
-      return stages.top1(site, image_sets.calibrated(site, source, rules, chosen, seed), evaluation)
+    def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+      return top1(workspace, image_sets.calibrated(workspace, source, rules, chosen, seed), evaluation)
 
     return CellPlan(settings, protocol, compute)
 
@@ -132,7 +136,7 @@ class _Work:
     )
 
   def figures(
-    self, site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+    self, workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
   ) -> dict[str, pathlib.Path]:
     """A row of images for each kernel and scheme that was measured, of the first of its seeds."""
     found = results[tables[0].title]
@@ -141,7 +145,7 @@ class _Work:
       for row in tables[0].rows:
         entry = found.get((row, f"{scheme}-{_SMOOTHNESS}"))
         if entry and entry.records:
-          images = self.source(row, scheme).images(site, min(entry.records))
+          images = self.source(row, scheme).images(workspace, min(entry.records))
           shown.append(images[np.arange(_SHOWN) % len(images)])
           names += [f"{scheme}, {row}"] + [""] * (_SHOWN - 1)
     if not shown:
@@ -159,10 +163,10 @@ def split(column: str) -> tuple[str, str]:
 def similarity_of(source: Source) -> Any:
   """How J_KL of a source's images is computed, as a cell's `compute`."""
 
-  def compute(site: Site, seed: int) -> Mapping[str, Any]:
-    found = stages.similarity(site, source.images(site, seed))
+  def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+    found = similarity(workspace, source.images(workspace, seed))
     if found is None:
-      raise KwjaxError(f"network {site.network.name} has no BatchNorm, so there is no J_KL")
+      raise KwjaxError(f"network {workspace.network.name} has no BatchNorm, so there is no J_KL")
     return {"value": found["jkl"], "without_input": found["without_input"]}
 
   return compute
@@ -171,10 +175,10 @@ def similarity_of(source: Source) -> Any:
 def smoothness_of(source: Source) -> Any:
   """How the smoothness of a source's images is computed, as a cell's `compute`."""
 
-  def compute(site: Site, seed: int) -> float:
+  def compute(workspace: Workspace, seed: int) -> float:
     # In batches: the blur holds several copies of what it is given.
     rows = forward_rows(
-      _smoothness, None, source.images(site, seed), batch_size=256, description="smoothness", devices=1
+      _smoothness, None, source.images(workspace, seed), batch_size=256, description="smoothness", devices=1
     )
     return float(processes.gather(np.concatenate(list(rows))).mean(dtype=np.float64))
 
@@ -186,8 +190,8 @@ def _smoothness(_: None, images: jax.Array) -> jax.Array:
   return jax.vmap(lambda image: smoothness_prior(image[None]))(images)
 
 
-def _float(site: Site, setup: Setup) -> Mapping[str, Any] | None:
-  return None if setup.eval_data is None or setup.eval_data.labels is None else float_score(site, setup.eval_data)
+def _float(workspace: Workspace, setup: Setup) -> Mapping[str, Any] | None:
+  return None if setup.eval_data is None or setup.eval_data.labels is None else float_score(workspace, setup.eval_data)
 
 
 def build(setup: Setup) -> Study:
@@ -209,7 +213,7 @@ def build(setup: Setup) -> Study:
     plan=work.plan,
     protocol={"data used": "none: images come from the network itself"},
     describe=work.describe,
-    report=lambda site, results: {"float": _float(site, setup)},
+    report=lambda workspace, results: {"float": _float(workspace, setup)},
     figures=work.figures,
     need=setup.need([setup.config(scheme) for scheme in SCHEMES], distills=False),
   )
@@ -217,7 +221,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(StudyOptions, args, "knowledge_within.table5_sigma", __doc__)
+  options = parse(StudyOptions, args, "python -m experiments.knowledge_within.table5_sigma", __doc__)
   return run_command(lambda: run(options, name="table5_sigma", build=build, arch="resnet44"))
 
 

@@ -36,17 +36,17 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 
-from experiments._harness import cost, stages
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command
 from experiments._harness.distilled import accuracy_cell, float_score, quantization_rules
 from experiments._harness.image_sets import short_name
-from experiments._harness.stages import REAL
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.tables import Table
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.compression.workspace import REAL
 from kwjax.errors import KwjaxError
 from kwjax.network import Network, Variables
 from kwjax.quantization import QuantRules
+from kwjax.runtime import cost
 from kwjax.runtime.data import ImageData
 
 SOURCES = (REAL, "bns", "bns+inception")
@@ -128,16 +128,16 @@ class _Work:
   def plan(self, table: Table, row: str, column: str) -> CellPlan:
     """How one cell is measured."""
     name, loss = column.rsplit("-", 1)
-    network, used, chosen = self.setup.network, int(row), self.setup.chosen
+    used, chosen = int(row), self.setup.chosen
     return accuracy_cell(
       self.setup,
       self.setup.source(name, max(self.sizes)),
       self.rules,
-      stages.distill_config(self.setup.options.main_job(), network, chosen, name),
+      self.setup.distill_config(chosen, name),
       evaluation=self.evaluation,
       calibrate_on=min(used, chosen.images),
       tune_on=used,
-      words=f"{loss}, ",
+      description=f"{loss}, ",
       teacher=DecidedTeacher if loss == CE else lambda network: network,
     )
 
@@ -183,14 +183,14 @@ def build(setup: Setup) -> Study:
       "student": rules.describe(),
     },
     describe=work.describe,
-    report=lambda site, results: {"float": float_score(site, work.evaluation)},
+    report=lambda workspace, results: {"float": float_score(workspace, work.evaluation)},
     need=setup.need([setup.config("bns")], distills=True),
   )
 
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(Options, args, "knowledge_within.table6_objectives", __doc__)
+  options = parse(Options, args, "python -m experiments.knowledge_within.table6_objectives", __doc__)
   return run_command(lambda: run(options, name="table6_objectives", build=build, arch="resnet44"))
 
 

@@ -42,11 +42,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from experiments._harness import cost
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command, say
 from experiments._harness.image_sets import Source
-from experiments._harness.stages import REAL, Site
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.tables import PERCENT, Results, Table
 from experiments.noise.inputs import NOISES, noise
@@ -54,7 +50,12 @@ from kwjax.analysis.activation_figures import DepthCurve, depth_curves, distribu
 from kwjax.analysis.activations import bin_edges, observe_activations
 from kwjax.analysis.bias import class_mass, evenness
 from kwjax.batchnorm import reference_moments
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.compression.workspace import REAL, Workspace
 from kwjax.errors import KwjaxError
+from kwjax.runtime import cost
+from kwjax.runtime.messages import log
 from kwjax.runtime.report import Picture
 
 RUNNING, CURRENT = "running", "current"
@@ -90,20 +91,20 @@ class _Work:
     count = self.setup.chosen.images
     return self.setup.source(REAL, count) if images == REAL else noise(self.setup.network, images, count)
 
-  def observed(self, site: Site, row: str, seed: int) -> Mapping[str, Any]:
+  def observed(self, workspace: Workspace, row: str, seed: int) -> Mapping[str, Any]:
     """Histograms, divergence and spread by layer, dead channels and mean predictions of a row; measured once."""
     images, statistics = ROWS[row]
     source, size = self.source(images), self.setup.chosen.batch_size
 
     def compute() -> dict[str, Any]:
-      site.shutdown_point()
+      workspace.stop_if_asked()
       found = observe_activations(
-        site.network,
-        source.images(site, seed),
+        workspace.network,
+        source.images(workspace, seed),
         current=_PATTERNS[statistics],
         batch_size=size,
-        devices=site.group,
-        should_stop=site.should_stop,
+        devices=workspace.group,
+        should_stop=workspace.should_stop,
       )
       mass = class_mass(found.logits)
       return {
@@ -115,45 +116,47 @@ class _Work:
         "hard": mass.hard.tolist(),
       }
 
-    return site.stages.once(f"{source.stage('activations', seed)}-{statistics}-{size}", compute)
+    return workspace.results.once(f"{source.stage('activations', seed)}-{statistics}-{size}", compute)
 
   def plan(self, table: Table, row: str, column: str) -> CellPlan:
     """How one cell is measured."""
     images, statistics = ROWS[row]
     source, size = self.source(images), self.setup.chosen.batch_size
     settings = {"source": source.settings, "statistics": statistics, "batch": size, "measure": column}
-    protocol = f"{column} of {source.words}, all BatchNorm layers on {statistics} statistics, batches of {size}"
-    return CellPlan(settings, protocol, lambda site, seed: facts(self.observed(site, row, seed))[column])
+    protocol = f"{column} of {source.description}, all BatchNorm layers on {statistics} statistics, batches of {size}"
+    return CellPlan(settings, protocol, lambda workspace, seed: facts(self.observed(workspace, row, seed))[column])
 
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""
     looked_at = len({(cell.row, cell.seed) for cell in cells}) * self.setup.chosen.images
     return cost.estimate(self.setup.network, synthesized=0, trained=0, evaluated=looked_at)
 
-  def measured(self, site: Site, results: Results) -> dict[str, list[Mapping[str, Any]]]:
+  def measured(self, workspace: Workspace, results: Results) -> dict[str, list[Mapping[str, Any]]]:
     """`{row: [what was observed, by seed]}` of the rows that have a cell."""
     seeds: dict[str, set[int]] = {}
     for (row, _), entry in results.items():
       seeds.setdefault(row, set()).update(entry.records)
-    return {row: [self.observed(site, row, seed) for seed in sorted(found)] for row, found in seeds.items() if found}
+    return {
+      row: [self.observed(workspace, row, seed) for seed in sorted(found)] for row, found in seeds.items() if found
+    }
 
-  def report(self, site: Site, results: Mapping[str, Results]) -> Mapping[str, Any]:
+  def report(self, workspace: Workspace, results: Mapping[str, Results]) -> Mapping[str, Any]:
     """Keys of report.json beside the table: the claim with its numbers, divergence and spread by layer."""
     (found,) = results.values()
-    measured = self.measured(site, found)
+    measured = self.measured(workspace, found)
     notes = claims({row: [facts(observed) for observed in seeds] for row, seeds in measured.items()})
     for sentence in notes:
-      say(sentence)
+      log(sentence)
     by_layer = {
       row: {name: _over_seeds(seeds, name) for name in ("divergence", "spread")} for row, seeds in measured.items()
     }
     return {"by_layer": by_layer, "notes": notes}
 
   def figures(
-    self, site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+    self, workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
   ) -> dict[str, Picture]:
     """The distributions of some layers for either kind of statistics, and divergence and spread of all layers."""
-    measured = self.measured(site, results[tables[0].title])
+    measured = self.measured(workspace, results[tables[0].title])
     if not measured:
       return {}
     pictures = {}
@@ -243,7 +246,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(StudyOptions, args, "noise.activations", __doc__)
+  options = parse(StudyOptions, args, "python -m experiments.noise.activations", __doc__)
   return run_command(lambda: run(options, name="noise_activations", build=build, arch="resnet44"))
 
 

@@ -45,12 +45,7 @@ from experiments._harness.launch import relaunch_with_huge_pages
 if __name__ == "__main__":
   relaunch_with_huge_pages()
 
-from experiments._harness import cost
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command
 from experiments._harness.image_sets import short_name
-from experiments._harness.options import ByPreset
-from experiments._harness.stages import Site
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.study_report import draw_bars
 from experiments._harness.tables import Results, Table, over_seeds
@@ -58,9 +53,14 @@ from experiments._harness.train_options import architecture
 from experiments.noise.published import BATCH_SIZES, BY_BATCH, BY_SHARE
 from experiments.noise.student import DEAD_LEAVES, NOISES, Evaluation, Recipe, Space
 from kwjax.analysis.curves import CurvePanel, curve_panels
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.cli.options import ByPreset
+from kwjax.compression.workspace import Workspace
 from kwjax.distillation import DistillConfig
 from kwjax.errors import KwjaxError
 from kwjax.network import fingerprint
+from kwjax.runtime import cost
 from kwjax.runtime.data import ImageData
 from kwjax.runtime.report import Picture
 
@@ -156,7 +156,7 @@ class _Work:
   def plan(self, table: Table, row: str, column: str) -> CellPlan:
     """How one cell is measured."""
     recipe = self.recipe(row, column)
-    return CellPlan(recipe.settings, recipe.words, recipe.measure)
+    return CellPlan(recipe.settings, recipe.description, recipe.measure)
 
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""
@@ -172,10 +172,10 @@ class _Work:
 
 
 def draw(
-  site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+  workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
 ) -> Mapping[str, pathlib.Path | Picture]:
   """Bars of each table, and a curve of a noise over its columns where at least three of them were measured."""
-  pictures: dict[str, pathlib.Path | Picture] = dict(draw_bars(site, folder, tables, results))
+  pictures: dict[str, pathlib.Path | Picture] = dict(draw_bars(workspace, folder, tables, results))
   xlabels = ("share P of the teacher's BatchNorm layers on running statistics", "batch size B")
   for table, xlabel, log in zip(tables, xlabels, ("", "x")):
     curves = {row: points for row in table.rows if len(points := _points(table, results[table.title], row)) >= 3}
@@ -288,7 +288,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(Options, args, "noise.distill", __doc__)
+  options = parse(Options, args, "python -m experiments.noise.distill", __doc__)
   return run_command(lambda: run(options, name="noise_distill", build=build, arch="resnet20"))
 
 

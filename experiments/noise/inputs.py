@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments._harness import stages
 from experiments._harness.image_sets import Source, synthesized
-from experiments._harness.stages import GAUSSIAN, GAUSSIAN_KEY, Site
+from kwjax.compression.workspace import GAUSSIAN, GAUSSIAN_KEY, Workspace, stream_key
 from kwjax.network import Network, fingerprint
 from kwjax.synthesis import SynthesisConfig, dead_leaves
 
@@ -27,8 +26,8 @@ def noise(network: Network, name: str, count: int) -> Source:
     return synthesized(network, SynthesisConfig.preset(GAUSSIAN), count)
   settings = {"network": fingerprint(network), "noise": name, "count": count}
 
-  def images(site: Site, seed: int) -> np.ndarray:
-    devices = site.group.local.devices
-    return np.asarray(dead_leaves(stages.stream_key(seed, GAUSSIAN_KEY), count, network.image_shape, devices=devices))
+  def images(workspace: Workspace, seed: int) -> np.ndarray:
+    devices = workspace.group.local.devices
+    return np.asarray(dead_leaves(stream_key(seed, GAUSSIAN_KEY), count, network.image_shape, devices=devices))
 
   return Source(name, settings, f"{count} {name} images", images)

@@ -5,17 +5,17 @@
 
 Beyond the papers. Two tables of BNS images (BatchNorm statistics, the project's settings) by starting point and number of
 steps, each a run of its own whose learning rate has fallen to zero by then: J_KL of the images, the input counted as a layer, and
-top-1 of a 4w4a copy calibrated with them. A step costs the same whatever the start: `randn` N(0, 1) in pixel units, `uniform`
+top-1 of a 4w4a student calibrated with them. A step costs the same whatever the start: `randn` N(0, 1) in pixel units, `uniform`
 noise in [0, 1], or `dead_leaves`, the project's default.
 
 A third table calibrates with other sources: real images (with --real-data), BNS images from dead leaves, these and as many
 dead leaves together (`bns+dead_leaves`), and noise that nothing was optimized on. Ranges of noise are measured while the network
-normalizes with its running statistics, or with those of the noise (`-current`). The copy that is calibrated keeps its running
+normalizes with its running statistics, or with those of the noise (`-current`). The student that is calibrated keeps its running
 statistics all the same, because on real data they are right; what is borrowed is that behind a BatchNorm that is used to its
 input, activations have the reach that they have on real data. The images are one batch then (large ones: batches of
 --batch-size, whose statistics are pooled).
 
-A fourth table fine-tunes a 2w4a copy at equal cost, equally many steps: on the BNS images alone, and on these and as many dead
+A fourth table fine-tunes a 2w4a student at equal cost, equally many steps: on the BNS images alone, and on these and as many dead
 leaves.
 
 * first and last layer 8 bit. At --preset cpu 128 images and up to 200 steps.
@@ -48,11 +48,9 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from experiments._harness import cost, image_sets, stages, study_report
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command
+from experiments._harness import image_sets, study_report
+from experiments._harness.accuracy import top1
 from experiments._harness.image_sets import Source, identity, short_name, synthesized
-from experiments._harness.stages import CALIBRATION_KEY, REAL, SYNTHESIS_KEY, Site
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.tables import PERCENT, Results, Table
 from experiments.knowledge_within.table5_sigma import similarity_of
@@ -62,8 +60,13 @@ from experiments.noise.leaves_tuning import BNS, MIXED
 from kwjax.analysis import figures
 from kwjax.analysis.panel_figures import Panel, image_panels
 from kwjax.batchnorm import adjust_statistics, reference_moments
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.compression.images import make_images
+from kwjax.compression.workspace import CALIBRATION_KEY, REAL, SYNTHESIS_KEY, Workspace, stream_key
 from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantizedNetwork, QuantRules, RangeTable, observe_ranges
+from kwjax.runtime import cost
 from kwjax.runtime.report import Picture
 from kwjax.synthesis import SynthesisConfig
 
@@ -120,7 +123,7 @@ class _Work:
       return leaves_tuning.plan(self.setup, self.source(row), column)
     source = self.source(row) if kind == _SOURCES else self.bns(row, int(column))
     if kind == _JKL:
-      words = f"{source.words} from {row}; clean, BatchNorm in evaluation mode, with the input"
+      words = f"{source.description} from {row}; clean, BatchNorm in evaluation mode, with the input"
       return CellPlan({"source": source.settings, "measure": _JKL}, words, similarity_of(source))
     rules = QuantRules.parse("4w4a", first_last=BITS[column] if kind == _SOURCES else BITS[_ACCURACY])
     statistics = NOISE_ROWS[row][1] if row in NOISE_ROWS else RUNNING
@@ -133,12 +136,12 @@ class _Work:
       "evaluation": identity(evaluation),
     }
     protocol = (
-      f"{rules.describe()}; {source.words}, BatchNorm on {statistics} statistics while ranges are measured; top-1 on "
+      f"{rules.describe()}; {source.description}, BatchNorm on {statistics} statistics while ranges are measured; top-1 on "
       f"{len(evaluation)} images of {short_name(evaluation)}"
     )
 
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
-      return stages.top1(site, self.calibrated(site, source, rules, statistics, seed), evaluation)
+    def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+      return top1(workspace, self.calibrated(workspace, source, rules, statistics, seed), evaluation)
 
     return CellPlan(settings, protocol, compute)
 
@@ -147,23 +150,29 @@ class _Work:
     """Images that share the statistics of their batch: all, unless they are large."""
     return self.count if self.setup.network.image_shape[0] <= 64 else min(self.count, self.setup.chosen.batch_size)
 
-  def calibrated(self, site: Site, source: Source, rules: QuantRules, statistics: str, seed: int) -> QuantizedNetwork:
-    """The network's low-precision copy, its ranges measured under either kind of statistics."""
+  def calibrated(
+    self, workspace: Workspace, source: Source, rules: QuantRules, statistics: str, seed: int
+  ) -> QuantizedNetwork:
+    """The quantized network, its ranges measured under either kind of statistics."""
     chosen = self.setup.chosen
     if statistics == RUNNING:
-      images = source.images(site, seed)
+      images = source.images(workspace, seed)
       whole = dataclasses.replace(chosen, images=len(images))  # both halves of a mixture
-      return image_sets.calibrated(site, source, rules, whole, seed, images=images)
+      return image_sets.calibrated(workspace, source, rules, whole, seed, images=images)
 
     def compute() -> dict[str, Any]:
-      site.shutdown_point()
-      images = source.images(site, seed)
-      # In evaluation mode this copy does to these images what the network itself does with the statistics of their batch.
-      adjusted = adjust_statistics(site.network, images, batch_size=self.batch_size, devices=site.group)
-      return observe_ranges(adjusted, images, batch_size=32, devices=site.group, should_stop=site.should_stop).to_json()
+      workspace.stop_if_asked()
+      images = source.images(workspace, seed)
+      # In evaluation mode this student does to these images what the network itself does with the statistics of their batch.
+      adjusted = adjust_statistics(workspace.network, images, batch_size=self.batch_size, devices=workspace.group)
+      return observe_ranges(
+        adjusted, images, batch_size=32, devices=workspace.group, should_stop=workspace.should_stop
+      ).to_json()
 
-    table = RangeTable.from_json(site.stages.once(f"{source.stage('current_ranges', seed)}-{self.batch_size}", compute))
-    return stages.calibrated(site.network, table, rules, chosen, key=stages.stream_key(seed, CALIBRATION_KEY))
+    table = RangeTable.from_json(
+      workspace.results.once(f"{source.stage('current_ranges', seed)}-{self.batch_size}", compute)
+    )
+    return image_sets.quantized(workspace.network, table, rules, chosen, key=stream_key(seed, CALIBRATION_KEY))
 
   def describe(self, cells: Sequence[Cell]) -> str:
     """What the cells cost, for --dry-run."""
@@ -181,7 +190,7 @@ class _Work:
       evaluated=len(cells) * (self.count + labelled),
     )
 
-  def report(self, site: Site, results: Mapping[str, Results]) -> Mapping[str, Any]:
+  def report(self, workspace: Workspace, results: Mapping[str, Results]) -> Mapping[str, Any]:
     """The third table under the fixed key of all reports."""
     (table,) = (t for t in self.tables() if self.kinds[t.title] == _SOURCES)
     return {"calibrated": study_report.top1_results(table, results[table.title], {bits: bits for bits in BITS})}
@@ -208,7 +217,7 @@ class _Work:
     )
 
   def figures(
-    self, site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+    self, workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
   ) -> dict[str, Picture]:
     """J_KL while images are made, some of the images by start and steps, and bars of the accuracies."""
     first = results[tables[0].title]
@@ -219,7 +228,7 @@ class _Work:
         if entry is None or not entry.records:
           continue
         seed = min(entry.records)
-        images, jkl = self._made(site, start, steps, seed)
+        images, jkl = self._made(workspace, start, steps, seed)
         panels.append(Panel(f"{start}, {steps} steps", images[:_SHOWN]))
         if steps == self.longest and jkl is not None:
           curves[start] = (np.arange(len(jkl)), jkl)
@@ -232,24 +241,24 @@ class _Work:
     if panels:
       path = image_panels(panels, folder / "images.png", images_a_row=_SHOWN)
       pictures["BNS images by starting point and steps"] = Picture(path, "The first images of one seed.")
-    return {**pictures, **study_report.draw_bars(site, folder, tables, results)}
+    return {**pictures, **study_report.draw_bars(workspace, folder, tables, results)}
 
-  def _made(self, site: Site, start: str, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+  def _made(self, workspace: Workspace, start: str, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Images that lie in the run's folder, and the J_KL of their views by step, the mean over batches."""
     config = self.config(start, steps)
     stage = self.bns(start, steps).stage("synthesis", seed)
-    found = stages.make_images(site, config, stage, count=self.count, key=stages.stream_key(seed, SYNTHESIS_KEY))
+    found = make_images(workspace, config, stage, count=self.count, key=stream_key(seed, SYNTHESIS_KEY))
     return found.images, np.mean(found.history["jkl"], axis=0) if "jkl" in found.history else None
 
 
 def _together(name: str, first: Source, second: Source) -> Source:
   """The images of both."""
 
-  def images(site: Site, seed: int) -> np.ndarray:
-    return np.concatenate([first.images(site, seed), second.images(site, seed)])
+  def images(workspace: Workspace, seed: int) -> np.ndarray:
+    return np.concatenate([first.images(workspace, seed), second.images(workspace, seed)])
 
   settings = {"first": first.settings, "second": second.settings}
-  return Source(name, settings, f"{first.words} and {second.words}", images)
+  return Source(name, settings, f"{first.description} and {second.description}", images)
 
 
 def build(setup: Setup) -> Study:
@@ -286,7 +295,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(StudyOptions, args, "noise.leaves_bns", __doc__)
+  options = parse(StudyOptions, args, "python -m experiments.noise.leaves_bns", __doc__)
   return run_command(lambda: run(options, name="leaves_bns", build=build, arch="resnet44"))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from experiments._harness import stages
 from experiments._harness.distilled import accuracy_cell
 from experiments._harness.image_sets import Source
-from experiments._harness.stages import REAL
 from experiments._harness.study import CellPlan, Setup
 from experiments._harness.tables import Table
 from experiments.noise.inputs import LEAVES
+from kwjax.compression.workspace import REAL
 from kwjax.quantization import QuantRules
 
 BNS, MIXED = "bns", f"bns+{LEAVES}"
@@ -44,7 +43,7 @@ def plan(setup: Setup, source: Source, column: str) -> CellPlan:
   """
   count, chosen = setup.chosen.images, setup.chosen
   is_tuned = column == TUNED
-  config = stages.distill_config(setup.options.main_job(), setup.network, chosen, BNS) if is_tuned else None
+  config = setup.distill_config(chosen, BNS) if is_tuned else None
   return accuracy_cell(
     setup,
     source,

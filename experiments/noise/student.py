@@ -9,16 +9,16 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from experiments._harness import stages
-from experiments._harness.common import say
+from experiments._harness.accuracy import top1
 from experiments._harness.image_sets import digest, identity, short_name
-from experiments._harness.stages import DISTILL_KEY, GAUSSIAN_KEY, Site
 from kwjax.batchnorm import adjust_statistics, current_layers, observing, weigh
+from kwjax.compression.workspace import DISTILL_KEY, GAUSSIAN_KEY, Workspace, stream_key
 from kwjax.distillation import DistillConfig, distill
 from kwjax.models import get_model
 from kwjax.network import Network
 from kwjax.runtime.data import ImageData
 from kwjax.runtime.forwarding import forward_batches
+from kwjax.runtime.messages import log
 from kwjax.sources import FreshNoise
 from kwjax.synthesis import dead_leaves, gaussian_images
 from kwjax.training import initial_variables
@@ -87,7 +87,7 @@ class Recipe:
     return self.trained if self.judged == "adjusted" else {**self.trained, "judged": self.judged}
 
   @property
-  def words(self) -> str:
+  def description(self) -> str:
     """The same for people."""
     config = self.config
     space = f" in {self.space} space" if self.noise == GAUSSIAN else ""
@@ -104,33 +104,33 @@ class Recipe:
       + _WORDS[self.judged].format(batch=config.batch_size)
     )
 
-  def measure(self, site: Site, seed: int) -> Mapping[str, Any]:
+  def measure(self, workspace: Workspace, seed: int) -> Mapping[str, Any]:
     """`{"value": top-1, ...}` with the accuracies by all statistics; one student serves every `judged`."""
     stage = f"students/{digest(self.trained)}/seed-{seed}"
-    found = site.stages.once(stage, lambda: self._train_and_judge(site, seed))
+    found = workspace.results.once(stage, lambda: self._train_and_judge(workspace, seed))
     return {"value": found[self.judged], **found}
 
-  def _train_and_judge(self, site: Site, seed: int) -> dict[str, Any]:
-    layers = current_layers(site.network, self.running_fraction, stages.stream_key(seed, _LAYERS_KEY))
-    site.shutdown_point()
+  def _train_and_judge(self, workspace: Workspace, seed: int) -> dict[str, Any]:
+    layers = current_layers(workspace.network, self.running_fraction, stream_key(seed, _LAYERS_KEY))
+    workspace.stop_if_asked()
     student = distill(
-      self._student(site.network, seed),
-      site.network,
-      self._fresh(site.network) if self.pool is None else self._pool(site, self.pool, seed),
-      self.config.replace(current=layers, checkpoint_every=site.checkpoint_steps),
-      key=stages.stream_key(seed, DISTILL_KEY),
-      workdir=site.scratch,
-      devices=site.group,
+      self._student(workspace.network, seed),
+      workspace.network,
+      self._fresh(workspace.network) if self.pool is None else self._pool(workspace, self.pool, seed),
+      self.config.replace(current=layers, checkpoint_every=workspace.checkpoint_steps),
+      key=stream_key(seed, DISTILL_KEY),
+      workdir=workspace.scratch,
+      devices=workspace.group,
       progress=True,
     )
     images, batch = self.evaluation.read(np.arange(len(self.evaluation))), self.config.batch_size
-    adjusted = stages.top1(
-      site, adjust_statistics(student, images, batch_size=batch, devices=site.group), self.evaluation
+    adjusted = top1(
+      workspace, adjust_statistics(student, images, batch_size=batch, devices=workspace.group), self.evaluation
     )
     return {
       "adjusted": adjusted["value"],
-      "current": current_top1(site, student, self.evaluation, batch),
-      "own": stages.top1(site, student, self.evaluation)["value"],
+      "current": current_top1(workspace, student, self.evaluation, batch),
+      "own": top1(workspace, student, self.evaluation)["value"],
       "count": adjusted["count"],
       "layers": list(layers),
     }
@@ -141,7 +141,7 @@ class Recipe:
     module = get_model(self.arch, **model_options)
     return Network(
       module,
-      initial_variables(module, teacher.image_shape, key=stages.stream_key(seed, _WEIGHTS_KEY)),
+      initial_variables(module, teacher.image_shape, key=stream_key(seed, _WEIGHTS_KEY)),
       image_shape=teacher.image_shape,
       input_mean=teacher.input_mean,
       input_std=teacher.input_std,
@@ -163,23 +163,23 @@ class Recipe:
     mean, std, clip = self._gaussian(teacher)
     return FreshNoise.gaussian(teacher.image_shape, mean, std, clip=clip)
 
-  def _pool(self, site: Site, count: int, seed: int) -> np.ndarray:
+  def _pool(self, workspace: Workspace, count: int, seed: int) -> np.ndarray:
     """f32[n,h,w,c], or u8 for dead leaves, whose colours are in [0, 1]."""
-    say(f"making {count} {self.noise} images")
-    key, teacher = stages.stream_key(seed, GAUSSIAN_KEY), site.network
+    log(f"making {count} {self.noise} images")
+    key, teacher = stream_key(seed, GAUSSIAN_KEY), workspace.network
     if self.noise == GAUSSIAN:
       mean, std, clip = self._gaussian(teacher)
       return np.asarray(gaussian_images(key, count, teacher.image_shape, mean, std, clip=clip))
-    devices = site.group.local.devices
+    devices = workspace.group.local.devices
     images = dead_leaves(key, count, teacher.image_shape, shapes=self.shapes, devices=devices)
     return np.round(np.asarray(images) * 255.0).astype(np.uint8)
 
 
-def current_top1(site: Site, network: Network, data: ImageData, batch_size: int) -> float:
+def current_top1(workspace: Workspace, network: Network, data: ImageData, batch_size: int) -> float:
   """Top-1 with every BatchNorm layer on the statistics of the batch.
 
   Args:
-    site: where.
+    workspace: where.
     network: with BatchNorm.
     data: labelled images, cut into batches as equal as possible.
     batch_size: most images in a batch.
@@ -192,7 +192,7 @@ def current_top1(site: Site, network: Network, data: ImageData, batch_size: int)
     batch_size=batch_size,
     description="evaluation",
     devices=1,
-    should_stop=site.should_stop,
+    should_stop=workspace.should_stop,
   )
   logits = np.concatenate([found[0] for found, _ in batches])
   return float(np.mean(logits.argmax(-1) == data.labels))

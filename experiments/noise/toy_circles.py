@@ -36,11 +36,6 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from experiments._harness import stages
-from experiments._harness.arguments import parse
-from experiments._harness.common import run_command
-from experiments._harness.options import Preset
-from experiments._harness.stages import DISTILL_KEY, Site
 from experiments._harness.study import CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.study_options import Names
 from experiments._harness.tables import PERCENT, Results, Table
@@ -61,6 +56,10 @@ from experiments.noise.toy_plane import (
 )
 from kwjax.analysis.region_figures import RegionPanel, region_panels
 from kwjax.batchnorm import adjust_statistics
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.cli.options import Preset
+from kwjax.compression.workspace import DISTILL_KEY, Workspace, stream_key
 from kwjax.distillation import DistillConfig, distill
 from kwjax.network import Network
 from kwjax.runtime.report import Picture
@@ -114,13 +113,13 @@ class _Work:
     steps, batch_size = self.sizes.distillation_steps, self.sizes.batch_size
     return DistillConfig.preset("noise", steps=steps, batch_size=batch_size, learning_rate=1e-2)
 
-  def taught(self, site: Site, seed: int) -> Mapping[str, Any]:
+  def taught(self, workspace: Workspace, seed: int) -> Mapping[str, Any]:
     """The teacher's classes over the square, and its accuracy."""
 
     def compute() -> dict[str, Any]:
       return self.judged(teacher(seed, self.sizes), seed)
 
-    return site.stages.once(f"teachers/{self.sizes.training_steps}-{self.sizes.points}-seed{seed}", compute)
+    return workspace.results.once(f"teachers/{self.sizes.training_steps}-{self.sizes.points}-seed{seed}", compute)
 
   def judged(self, network: Network, seed: int) -> dict[str, Any]:
     """Accuracy on new points, and the classes over the square as digits."""
@@ -128,27 +127,27 @@ class _Work:
     regions = "".join(map(str, classes_of(network, grid_points())))
     return {ACCURACY: float(np.mean(classes_of(network, points) == labels)), "regions": regions}
 
-  def distilled(self, site: Site, row: str, statistics: str, seed: int) -> Mapping[str, Any]:
+  def distilled(self, workspace: Workspace, row: str, statistics: str, seed: int) -> Mapping[str, Any]:
     """A student judged with either of its statistics, `{own, readjusted: ...}`; made once."""
 
     def compute() -> dict[str, Any]:
-      site.shutdown_point()
+      workspace.stop_if_asked()
       of = teacher(seed, self.sizes)
       images = inputs(row, of, seed, self.sizes.points)
       config = self.config.replace(current=(".*",) if statistics == CURRENT else ())
-      key = stages.stream_key(seed, DISTILL_KEY)
-      student = distill(untrained(seed, 1), of, images, config, key=key, devices=site.group)
+      key = stream_key(seed, DISTILL_KEY)
+      student = distill(untrained(seed, 1), of, images, config, key=key, devices=workspace.group)
       seen = as_images(circles(seed, self.sizes.points)[0])
       # One batch: the statistics are those of all the points.
-      readjusted = adjust_statistics(student, seen, batch_size=len(seen), devices=site.group)
+      readjusted = adjust_statistics(student, seen, batch_size=len(seen), devices=workspace.group)
       found = {OWN: self.judged(student, seed), READJUSTED: self.judged(readjusted, seed)}
-      taught = self.taught(site, seed)["regions"]
+      taught = self.taught(workspace, seed)["regions"]
       for judged in found.values():
         judged[AGREEMENT] = float(np.mean([a == b for a, b in zip(judged["regions"], taught, strict=True)]))
       return found
 
     name = "-".join(map(str, (row, statistics, *self.sizes, f"seed{seed}")))
-    return site.stages.once(f"students/{name}", compute)
+    return workspace.results.once(f"students/{name}", compute)
 
   def plan(self, table: Table, row: str, column: str) -> CellPlan:
     """How one cell is measured."""
@@ -160,8 +159,8 @@ class _Work:
       f"{self.sizes.points} points of {learned}, teacher on {statistics} statistics, student used with {used} ones"
     )
 
-    def compute(site: Site, seed: int) -> Mapping[str, Any]:
-      found = self.distilled(site, row, statistics, seed)[used]
+    def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+      found = self.distilled(workspace, row, statistics, seed)[used]
       return {"value": found[measure], "count": self.sizes.points if measure == ACCURACY else GRID**2}
 
     return CellPlan(settings, protocol, compute)
@@ -176,9 +175,9 @@ class _Work:
     order = [(row, statistics) for row in (DATA, *NOISES) for statistics in (RUNNING, CURRENT)]
     return {seed: [student for student in order if student in found[seed]] for seed in sorted(found)}
 
-  def report(self, site: Site, results: Mapping[str, Results]) -> Mapping[str, Any]:
+  def report(self, workspace: Workspace, results: Mapping[str, Results]) -> Mapping[str, Any]:
     """Keys of report.json beside the tables: the teacher."""
-    taught = [self.taught(site, seed) for seed in self.measured(results)]
+    taught = [self.taught(workspace, seed) for seed in self.measured(results)]
     outer = np.mean([record["regions"].count("1") / GRID**2 for record in taught])
     accuracy = float(np.mean([record[ACCURACY] for record in taught]))
     note = (
@@ -188,14 +187,14 @@ class _Work:
     return {"float": {"top1": accuracy, "count": self.sizes.points}, "notes": [note]}
 
   def figures(
-    self, site: Site, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
+    self, workspace: Workspace, folder: pathlib.Path, tables: Sequence[Table], results: Mapping[str, Results]
   ) -> dict[str, Picture]:
     """Decision regions of the first seed: a row of panels a noise, the teacher and the four students beside one another."""
     measured = self.measured(results)
     if not measured:
       return {}
     seed, students = next(iter(measured.items()))
-    taught = self.taught(site, seed)
+    taught = self.taught(workspace, seed)
     points, labels = circles(seed, 300)
     panels: list[RegionPanel | None] = []
     for row in dict.fromkeys(row for row, _ in students):
@@ -206,7 +205,7 @@ class _Work:
         if (row, statistics) not in students:
           panels.append(None)
           continue
-        judged = self.distilled(site, row, statistics, seed)[used]
+        judged = self.distilled(workspace, row, statistics, seed)[used]
         title = f"student of {statistics}, {used}\naccuracy {judged[ACCURACY]:.1%}"
         panels.append(RegionPanel(title, _square(judged["regions"]), points, labels))
     path = region_panels(panels, folder / "regions.png", half_side=SHOWN, columns=1 + len(COLUMNS))
@@ -256,7 +255,7 @@ def build(setup: Setup) -> Study:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line of the study; returns the exit status."""
-  options = parse(Options, args, "noise.toy_circles", __doc__)
+  options = parse(Options, args, "python -m experiments.noise.toy_circles", __doc__)
   make = functools.partial(untrained, 0, 0)
   return run_command(lambda: run(options.of_study(), name="toy_circles", build=build, arch="", make=make))
 

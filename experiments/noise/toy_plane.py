@@ -9,8 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from experiments._harness import stages
-from experiments._harness.stages import GAUSSIAN_KEY
+from kwjax.compression.workspace import GAUSSIAN_KEY, stream_key
 from kwjax.network import Array, Network
 from kwjax.runtime.evaluate import predict
 from kwjax.training import TrainConfig, initial_variables, train
@@ -106,7 +105,7 @@ def untrained(seed: int, number: int) -> Network:
   """
   # Per axis: half of the mean squared radius.
   deviation = float(np.sqrt((np.mean(np.square(RADII)) + THICKNESS**2) / 2)) / (2 * REACH)
-  variables = initial_variables(Perceptron(), _IMAGE_SHAPE, key=stages.stream_key(seed, _WEIGHTS_KEY + number))
+  variables = initial_variables(Perceptron(), _IMAGE_SHAPE, key=stream_key(seed, _WEIGHTS_KEY + number))
   return Network(
     Perceptron(), variables, image_shape=_IMAGE_SHAPE, input_mean=[0.5] * 2, input_std=[deviation] * 2, name="circles"
   )
@@ -118,7 +117,7 @@ def teacher(seed: int, sizes: Sizes) -> Network:
   points, labels = circles(seed, sizes.points)
   config = TrainConfig(steps=sizes.training_steps, batch_size=sizes.batch_size, learning_rate=0.1)
   images = np.clip(as_images(points), 0.0, 1.0)
-  return train(untrained(seed, 0), images, labels, config, key=stages.stream_key(seed, _TRAIN_KEY))
+  return train(untrained(seed, 0), images, labels, config, key=stream_key(seed, _TRAIN_KEY))
 
 
 def inputs(row: str, network: Network, seed: int, count: int) -> np.ndarray:
@@ -126,7 +125,7 @@ def inputs(row: str, network: Network, seed: int, count: int) -> np.ndarray:
   if row == DATA:
     return as_images(circles(seed, count)[0])
   noise = NOISES[row]
-  z = np.asarray(jax.random.normal(stages.stream_key(seed, GAUSSIAN_KEY), (count, *_IMAGE_SHAPE)))
+  z = np.asarray(jax.random.normal(stream_key(seed, GAUSSIAN_KEY), (count, *_IMAGE_SHAPE)))
   z = noise.scale * z + np.asarray([noise.shift, 0.0])
   return (np.asarray(network.input_mean) + np.asarray(network.input_std) * z).astype(np.float32)
 

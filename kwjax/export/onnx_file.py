@@ -20,7 +20,7 @@ from kwjax.network import Network
 from kwjax.quantization.wrap import QuantizedNetwork
 
 OPSETS = (13, 23)
-# File format version for each operator set.
+# The newest file format that a runtime must know for an operator set.
 _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 _LARGEST = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB
 
@@ -33,8 +33,8 @@ class OnnxFacts(NamedTuple):
     size: bytes.
     opset: version of the operator set.
     layers: `{layer: "weights TYPE, ARITHMETIC"}` of every convolution and dense layer in execution order.
-    float_layers: `{layer: reason}` of the layers that do not compute in integers; empty for a float network.
-    notes: sentences that a user of the file should read.
+    float_layers: `{layer: why}` of the layers that do not compute in integers; empty for a float network.
+    notes: what a user of the file should know, in sentences.
   """
 
   path: pathlib.Path
@@ -56,20 +56,20 @@ def export_onnx(
   batch: int | None = None,
   allow_float_weights: bool = False,
 ) -> OnnxFacts:
-  r"""Write a network as an ONNX file from images in [0,1] to logits; the normalization is in the file.
+  r"""Write a network as an ONNX file that takes images in [0,1], normalisation included, and gives logits.
 
-  A quantized activation is `(q - zero) * scale` with q uint8 and one scale and zero point for each tensor. A quantized
-  kernel has one scale for each output channel. BatchNorm after a convolution is folded:
-  $s_c' = s_c |\gamma_c| / \sigma_c$. A negative $\gamma_c$ flips the signs of the channel's integers.
+  Every quantized activation is `(q - zero) * scale` with q uint8, scale and zero point one a tensor; every quantized kernel
+  the same with one scale an output channel. BatchNorm behind a convolution is folded: $s_c' = s_c |\gamma_c| / \sigma_c$, a
+  negative $\gamma_c$ turning the signs of the channel's integers.
 
   Args:
     network: quantized, or float for a float file.
     path: of the file; its folder must exist.
-    opset: operator set, 13 to 23. From 21 on, kernels of at most 4 bits are stored as int4. onnxruntime's CPU kernels
-      compute these in float.
-    form: "qdq": only QuantizeLinear and DequantizeLinear. "integer": convolutions with a float result, such as those
-      before a residual addition, are ConvInteger. onnxruntime runs it faster; other runtimes may not know it.
-    weights: "auto": int8, or uint8 with zero point 128 where int8 could saturate on x86 processors without VNNI. "int8":
+    opset: operator set, 13 to 23. From 21 on kernels of at most 4 bits are stored as int4, which onnxruntime's CPU kernels
+      compute with in float.
+    form: "qdq": QuantizeLinear and DequantizeLinear alone. "integer": convolutions whose result stays float, such as those
+      before a residual addition, are ConvInteger, which onnxruntime runs faster; other runtimes may not know it.
+    weights: "auto": int8, but uint8 with zero point 128 where int8 could saturate on x86 processors without VNNI. "int8":
       always int8, as TensorRT needs.
     layout: of the input: images f32[batch,h,w,c] or f32[batch,c,h,w].
     batch: fixed number of images, or None for any.
@@ -80,13 +80,13 @@ def export_onnx(
 
   Raises:
     RuleError: a layer's weight scheme has no integer form.
-    KwjaxError: ONNX has no counterpart for an operation, or an argument is out of range.
+    KwjaxError: an operation of the network has no counterpart, or an argument is out of range.
   """
   onnx = _import_onnx()
   _check(opset, onnx.defs.onnx_opset_version(), form, weights, layout, batch)
   kernels = weights_of(network)
   if not allow_float_weights:
-    _check_readings(network.name, kernels.values())
+    _check_schemes(network.name, kernels.values())
   output = simplify(lower(network, kernels, batch))
   builder = Builder(opset)
   written = _write(builder, output, Form(form == "integer", weights == "int8", opset >= 21), layout)
@@ -135,7 +135,7 @@ def _check(opset: int, newest: int, form: str, weights: str, layout: str, batch:
     raise KwjaxError(f"batch must be at least 1, or None for any number of images, found {batch}")
 
 
-def _check_readings(name: str, kernels: Iterable[Weight]) -> None:
+def _check_schemes(name: str, kernels: Iterable[Weight]) -> None:
   found = {w.layer: w.reason for w in kernels if w.bits is not None and w.integer is None}
   if found:
     layer, reason = next(iter(found.items()))
@@ -151,7 +151,7 @@ def _protocol(network: Network | QuantizedNetwork) -> dict[str, str]:
 
 
 def _write(builder: Builder, output: Node, form: Form, layout: str) -> dict[str, Written]:
-  """Emit every node; returns the result of each layer."""
+  """Emit every node; returns what each layer became."""
   readers = consumers(output)
   written: dict[str, Written] = {}
   for node in readers:
@@ -171,7 +171,7 @@ def _write(builder: Builder, output: Node, form: Form, layout: str) -> dict[str,
       written[kernel.attrs["weight"].layer if isinstance(kernel, Node) else node.scope] = found
       builder.set(node, found.value)
     elif node.op == "weight":
-      # Layers read the integers; other nodes read the values.
+      # Layers read it where it is; anything else gets the values.
       _set_weight(builder, node, readers)
     elif node.op in HANDLERS:
       builder.set(node, HANDLERS[node.op](builder, node))
@@ -190,7 +190,7 @@ def _set_weight(builder: Builder, node: Node, readers: Mapping[Node, list[Node]]
 
 
 def _rounded_next(node: Node, readers: Mapping[Node, list[Node]]) -> bool:
-  """Whether a layer's result is only rounded to 8 bits next, with at most a ReLU before."""
+  """Whether a layer's result goes, at most through a ReLU, into one rounding to 8 bits and nowhere else."""
   following = readers[node]
   if len(following) == 1 and following[0].op == "relu":
     following = readers[following[0]]

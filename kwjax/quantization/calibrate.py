@@ -35,7 +35,7 @@ def draws(key: Array, *, steps: int, batch_size: int, count: int) -> np.ndarray:
 def _average(
   table: Mapping[str, tuple[Any, Any]], rules: QuantRules, chunk: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """Mean over chunks of the extremes over a chunk, float64; the scheme "sample" has chunks of one image."""
+  """Mean over chunks of the extremes over a chunk, float64; the method "sample" has chunks of one image."""
   chunk = chunk if rules.ranges == "chunk" else 1
 
   def mean(end: Any, extreme: Callable) -> np.ndarray:
@@ -77,9 +77,7 @@ def ranges_from(
   """
   _check_protocol(steps, batch_size, chunk)
   if rules.needs_histograms:
-    raise KwjaxError(
-      f'range reading {rules.ranges!r} needs histograms, a table of extremes serves "sample" and "chunk"'
-    )
+    raise KwjaxError(f'range method {rules.ranges!r} needs histograms, a table of extremes serves "sample" and "chunk"')
   if table.count == 0:
     raise KwjaxError("the table of ranges holds no image")
   index = draws(key, steps=steps, batch_size=batch_size, count=table.count).reshape(-1)
@@ -111,7 +109,7 @@ def calibrate(
   Without augmentation an image has the same extremes at every draw. Each image is then forwarded once, and the draws are
   made from the table of extremes.
 
-  The other values of `rules.ranges` ("percentile", "mse", "entropy") need the distribution of the inputs over all images,
+  The other methods of `rules.ranges` ("percentile", "mse", "entropy") need the distribution of the inputs over all images,
   which takes a second pass. Without augmentation nothing is drawn then, and every image counts alike.
 
   Args:

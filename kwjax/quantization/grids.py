@@ -1,4 +1,4 @@
-"""From values to a uniform grid of levels: the readings of "b bits" for weights, and the one for activations."""
+"""Uniform grids of levels: the weight schemes, and the grid of activations."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _midrise(lo: Array, hi: Array, bits: int) -> Grid:
   return Grid(scale, jnp.full_like(scale, top / 2), 0, top)
 
 
-WEIGHT_READINGS: dict[str, Callable[[Array, Array, int], Grid]] = {
+WEIGHT_SCHEMES: dict[str, Callable[[Array, Array, int], Grid]] = {
   "affine": _affine,
   "affine0": _affine0,
   "sym": _sym,
@@ -87,38 +87,38 @@ midrise: 2^b levels from -max|w| to max|w| without one at zero.
 """
 
 
-def weight_grid(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...], clip: Clip | None = None) -> Grid:
+def weight_grid(weights: Array, scheme: str, bits: int, *, axes: tuple[int, ...], clip: Clip | None = None) -> Grid:
   """The grid of each output channel of a kernel, from its lowest and highest weight; it gets no gradient.
 
   Args:
     weights: kernel, any float type.
-    reading: a name in `WEIGHT_READINGS`.
+    scheme: a name in `WEIGHT_SCHEMES`.
     bits: 2 to 8.
     axes: axes to reduce, those inside one channel.
-    clip: shares of the reading's own range that the grid leaves out, so that it follows the weights; default: none.
+    clip: shares of the scheme's range that the grid clips; None: no clipping.
 
   Returns:
     A grid. Its scale (units of the weights) and zero have the kernel's rank, with size 1 along `axes`.
 
   Raises:
-    RuleError: the reading is unknown.
+    RuleError: the scheme is unknown.
   """
-  if reading not in WEIGHT_READINGS:
-    raise RuleError(f"unknown weight reading {reading!r}, known are {', '.join(WEIGHT_READINGS)}")
+  if scheme not in WEIGHT_SCHEMES:
+    raise RuleError(f"unknown weight scheme {scheme!r}, known are {', '.join(WEIGHT_SCHEMES)}")
   weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
   lo, hi = jnp.min(weights, axes, keepdims=True), jnp.max(weights, axes, keepdims=True)
   if clip is not None:
-    lo, hi = _extent(reading, lo, hi)
+    lo, hi = _extent(scheme, lo, hi)
     span = hi - lo
     lo, hi = lo + clip.lo * span, hi - clip.hi * span
-  return WEIGHT_READINGS[reading](lo, hi, bits)
+  return WEIGHT_SCHEMES[scheme](lo, hi, bits)
 
 
-def _extent(reading: str, lo: Array, hi: Array) -> tuple[Array, Array]:
-  """The range that a reading's levels reach over, given the extreme weights."""
-  if reading == "affine":
+def _extent(scheme: str, lo: Array, hi: Array) -> tuple[Array, Array]:
+  """The range of a scheme's levels for a lowest and a highest weight."""
+  if scheme == "affine":
     return lo, hi
-  if reading == "affine0":
+  if scheme == "affine0":
     return jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
   largest = jnp.maximum(-lo, hi)
   return -largest, largest

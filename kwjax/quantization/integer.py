@@ -40,10 +40,10 @@ def why_not_integer(rule: LayerRule) -> str | None:
   """The reason why a layer's weights have no int8 form, or None if they have one."""
   if rule.weight_bits is None:
     return "its weights are float"
-  if rule.weight_reading == "affine":
-    return "the reading 'affine' has a real zero point (use 'affine0', 'sym', 'symfull' or 'midrise')"
-  if rule.weight_reading == "midrise" and rule.weight_bits == 8:
-    return "the reading 'midrise' at 8 bits needs odd integers from -255 to 255, beyond int8 (use 7 bits or 'symfull')"
+  if rule.weight_scheme == "affine":
+    return "the scheme 'affine' has a real zero point (use 'affine0', 'sym', 'symfull' or 'midrise')"
+  if rule.weight_scheme == "midrise" and rule.weight_bits == 8:
+    return "the scheme 'midrise' at 8 bits needs odd integers from -255 to 255, beyond int8 (use 7 bits or 'symfull')"
   return None
 
 
@@ -51,7 +51,7 @@ def integer_kernel(kernel: Array, layer: intercept.Layer, rule: LayerRule, clip:
   """The integer form of one kernel, equal to the kernel of the quantized forward pass.
 
   Raises:
-    RuleError: the reading's levels are not int8 integers.
+    RuleError: the scheme's levels are not int8 integers.
   """
   reason = why_not_integer(rule)
   if reason is not None:
@@ -62,7 +62,7 @@ def integer_kernel(kernel: Array, layer: intercept.Layer, rule: LayerRule, clip:
 
 
 def _signed(level: Array, grid: Grid, rule: LayerRule) -> QTensor:
-  if rule.weight_reading == "midrise":
+  if rule.weight_scheme == "midrise":
     # (k - n/2) * s = (2k - n) * (s/2); halving a float is exact.
     return QTensor((2 * level - grid.qmax).astype(jnp.int8), grid.scale / 2, jnp.zeros_like(grid.zero, jnp.int32))
   # Shift unsigned levels and the zero point by half of the number of levels.
@@ -87,7 +87,7 @@ def integer_weights(quantized: QuantizedNetwork) -> dict[str, QTensor]:
   `dequantize()` gives the kernels of `.apply`, bit for bit, except for the sign of zero: integers have one zero.
 
   Raises:
-    RuleError: a layer's weight reading has no int8 form (`affine`, with its real zero point; `midrise` at 8 bits).
+    RuleError: a layer's weight scheme has no int8 form (`affine`, with its real zero point; `midrise` at 8 bits).
   """
   return {name: integer_kernel(*kernel) for name, kernel in _kernels(quantized).items()}
 

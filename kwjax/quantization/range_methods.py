@@ -13,7 +13,7 @@ import numpy as np
 
 from kwjax.quantization.histograms import Histogram, Histograms
 from kwjax.quantization.ranges import Ranges
-from kwjax.quantization.rules import LayerRule, histogram_reading
+from kwjax.quantization.rules import LayerRule, histogram_method
 
 _EDGE_CANDIDATES = 256
 _PAIR_CANDIDATES = 28
@@ -138,21 +138,21 @@ def quantized_divergence(histogram: Histogram, lo: float, hi: float, bits: int) 
   return float(np.sum(p * np.log(p / q)))
 
 
-def histogram_ranges(histograms: Histograms, rules: Mapping[str, LayerRule], reading: str) -> Ranges:
+def histogram_ranges(histograms: Histograms, rules: Mapping[str, LayerRule], method: str) -> Ranges:
   """The range of every layer's input by one method.
 
   Args:
     histograms: `{layer: Histogram}`.
     rules: of `QuantRules.resolve`, the bits of each layer; a layer with float activations gets its extremes.
-    reading: "percentile", "percentile:99.9", "mse" or "entropy".
+    method: "percentile", "percentile:99.9", "mse" or "entropy".
 
   Returns:
     Ranges, f32[] for each layer, f32[repeats] for stacked ones.
 
   Raises:
-    RuleError: the reading is unknown, or one that histograms do not serve.
+    RuleError: the method is unknown, or does not use histograms.
   """
-  method, percent = histogram_reading(reading)
+  kind, percent = histogram_method(method)
   by_bits: dict[str, Callable[[Histogram, int], tuple[float, float]]] = {
     "percentile": lambda histogram, bits: percentile_range(histogram, percent),
     "mse": mse_range,
@@ -165,7 +165,7 @@ def histogram_ranges(histograms: Histograms, rules: Mapping[str, LayerRule], rea
     if bits is None:
       ends = [(float(single.lo), float(single.hi)) for single in singles]
     else:
-      ends = [by_bits[method](single, bits) for single in singles]
+      ends = [by_bits[kind](single, bits) for single in singles]
     lo, hi = np.asarray(ends).T.reshape(2, *shape)
     found[name] = (lo, hi)
   return Ranges(found)

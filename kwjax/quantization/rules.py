@@ -11,10 +11,10 @@ from kwjax import intercept
 from kwjax.batchnorm import matches
 from kwjax.errors import RuleError
 from kwjax.network import Network
-from kwjax.quantization.grids import WEIGHT_READINGS
+from kwjax.quantization.grids import WEIGHT_SCHEMES
 
 AUTO, INTEGER = "auto", "integer"
-RANGE_READINGS = ("sample", "chunk", "percentile", "mse", "entropy")
+RANGE_METHODS = ("sample", "chunk", "percentile", "mse", "entropy")
 """Methods for activation ranges.
 
 sample: lowest and highest value of each sample, averaged. chunk: those of each chunk of samples, averaged. The others use the
@@ -28,21 +28,21 @@ _PERCENT = 99.99
 _FORM = 'expected WEIGHT_BITSwACTIVATION_BITSa with 2 to 8 bits, or 32 for none, such as "4w4a" or "4w32a", or "float"'
 
 
-def histogram_reading(text: str) -> tuple[str, float]:
-  """Method and percentage of a range reading that histograms serve: "percentile:99.9" is ("percentile", 99.9).
+def histogram_method(text: str) -> tuple[str, float]:
+  """Name and percentage of a range method that needs histograms: "percentile:99.9" is ("percentile", 99.9).
 
   Raises:
-    RuleError: it is none of those.
+    RuleError: it is another method.
   """
   method, separator, number = text.partition(":") if isinstance(text, str) else ("", "", "")
-  if method not in RANGE_READINGS or method in _EXTREMES or (separator and method != "percentile"):
-    raise RuleError(f"unknown range reading {text!r}, known are {', '.join(RANGE_READINGS)}")
+  if method not in RANGE_METHODS or method in _EXTREMES or (separator and method != "percentile"):
+    raise RuleError(f"unknown range method {text!r}, known are {', '.join(RANGE_METHODS)}")
   try:
     percent = float(number) if separator else _PERCENT
   except ValueError:
     percent = 0.0
   if not 50 < percent <= 100:
-    raise RuleError(f"range reading {text!r} needs a percentage above 50 and up to 100, such as percentile:99.9")
+    raise RuleError(f"range method {text!r} needs a percentage above 50 and up to 100, such as percentile:99.9")
   return method, percent
 
 
@@ -75,11 +75,11 @@ class Bits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerRule:
-  """What happens to one layer: bits of its kernel and of its input (None: float), the reading of its weight bits."""
+  """Rule of one layer: bits of its kernel and of its input (None: float), and its weight scheme."""
 
   weight_bits: int | None
   activation_bits: int | None
-  weight_reading: str | None
+  weight_scheme: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +91,9 @@ class QuantRules:
     first_last: bits of the first convolution and of the last layer in execution order, or None: the default.
     overrides: pairs of a pattern and bits. A pattern is a layer path, a regular expression that matches a whole path,
       "1x1", "first" or "last".
-    weights: reading of weight bits, a name in `WEIGHT_READINGS`; or "auto": affine from 4 bits, symfull at 2 and 3; or "integer":
-      affine0 from 4 bits, symfull at 2 and 3, all of which have an integer form.
-    ranges: reading of activation ranges, a name in `RANGE_READINGS`.
+    weights: weight scheme, a name in `WEIGHT_SCHEMES`; or "auto": affine from 4 bits, symfull at 2 and 3; or "integer":
+      affine0 from 4 bits, symfull at 2 and 3, which both have an integer form.
+    ranges: range method, a name in `RANGE_METHODS`.
     weights_range: "minmax" or "mse", see `WEIGHT_RANGES`.
   """
 
@@ -106,13 +106,13 @@ class QuantRules:
 
   def __post_init__(self) -> None:
     for kind, value, known in (
-      ("weight reading", self.weights, (AUTO, INTEGER, *WEIGHT_READINGS)),
+      ("weight scheme", self.weights, (AUTO, INTEGER, *WEIGHT_SCHEMES)),
       ("weight range", self.weights_range, WEIGHT_RANGES),
     ):
       if value not in known:
         raise RuleError(f"unknown {kind} {value!r}, known are {', '.join(known)}")
     if self.ranges not in _EXTREMES:
-      histogram_reading(self.ranges)
+      histogram_method(self.ranges)
     for pattern, _ in self.overrides:
       try:
         re.compile(pattern)
@@ -158,8 +158,8 @@ class QuantRules:
     """Whether activation ranges need histograms, not only the extremes of each image."""
     return self.ranges not in _EXTREMES
 
-  def reading(self, weight_bits: int | None) -> str | None:
-    """Name in `WEIGHT_READINGS` that `weight_bits` bits are read by; None for float weights."""
+  def weight_scheme(self, weight_bits: int | None) -> str | None:
+    """Weight scheme at `weight_bits` bits, a name in `WEIGHT_SCHEMES`; None for float weights."""
     if weight_bits is None:
       return None
     if self.weights not in (AUTO, INTEGER):
@@ -189,7 +189,7 @@ class QuantRules:
   def _rule(self, layer: intercept.Layer, ends: Mapping[str, str]) -> LayerRule:
     bits = self.first_last if self.first_last is not None and layer.name in ends.values() else self.bits
     bits = next((found for pattern, found in self.overrides if _applies(pattern, layer, ends)), bits)
-    return LayerRule(bits.weights, bits.activations, self.reading(bits.weights))
+    return LayerRule(bits.weights, bits.activations, self.weight_scheme(bits.weights))
 
   def describe(self) -> str:
     """One line for reports: "4w4a, first/last 8w8a, weights affine, ranges sample"."""
@@ -198,12 +198,12 @@ class QuantRules:
       parts.append(f"first/last {self.first_last}")
     parts += [f"{pattern} {bits}" for pattern, bits in self.overrides]
     every = (self.bits, *([self.first_last] if self.first_last else []), *(bits for _, bits in self.overrides))
-    readings = {bits.weights: self.reading(bits.weights) for bits in every if bits.weights is not None}
-    if len(set(readings.values())) == 1:
-      parts.append(f"weights {next(iter(readings.values()))}")
-    elif readings:
-      parts.append("weights " + " and ".join(f"{readings[b]} at {b} bit" for b in sorted(readings)))
-    if readings and self.weights_range != "minmax":
+    schemes = {bits.weights: self.weight_scheme(bits.weights) for bits in every if bits.weights is not None}
+    if len(set(schemes.values())) == 1:
+      parts.append(f"weights {next(iter(schemes.values()))}")
+    elif schemes:
+      parts.append("weights " + " and ".join(f"{schemes[b]} at {b} bit" for b in sorted(schemes)))
+    if schemes and self.weights_range != "minmax":
       parts.append(f"weight ranges {self.weights_range}")
     if any(bits.activations is not None for bits in every):
       parts.append(f"ranges {self.ranges}")

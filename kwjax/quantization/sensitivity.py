@@ -168,10 +168,10 @@ def _with_kernel(network: Network, layer: intercept.Layer, bits: int, rules: Qua
   kernel = jnp.asarray(flat[kernel_path(layer.name)])
   own = dataclasses.replace(rules, bits=Bits(bits, None), first_last=None, overrides=())
   rule = own.resolve(network)[layer.name]
-  assert rule.weight_reading is not None
+  assert rule.weight_scheme is not None
   clip = None
   if rules.weights_range == "mse":
     axes = tuple(a for a in range(kernel.ndim) if a not in {c % kernel.ndim for c in layer.channel_axes})
-    clip = mse_clip(kernel, rule.weight_reading, bits, axes=axes)
+    clip = mse_clip(kernel, rule.weight_scheme, bits, axes=axes)
   flat[kernel_path(layer.name)] = fake_quant(kernel, *kernel_grid(kernel, layer, rule, clip))
   return {**network.variables, "params": flax.traverse_util.unflatten_dict(flat)}

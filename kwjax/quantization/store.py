@@ -102,7 +102,7 @@ def load_integer_weights(folder: str | pathlib.Path) -> dict[str, QTensor]:
   folder = pathlib.Path(folder)
   digest = _read(folder)["integer_sha256"]
   if digest is None:
-    raise WeightsError(f"{folder} holds no integer weights: no layer's weight reading has an int8 form")
+    raise WeightsError(f"{folder} holds no integer weights: no layer's weight scheme has an int8 form")
   arrays = _arrays(folder / INTEGER_FILE, digest)
   return {layer: QTensor(*(found[field] for field in QTensor._fields)) for layer, found in arrays.items()}
 

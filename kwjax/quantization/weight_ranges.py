@@ -55,16 +55,16 @@ def channel_axes(kernel: Array, layer: intercept.Layer) -> tuple[int, ...]:
   return tuple(axis for axis in range(stacked, kernel.ndim) if axis not in channels)
 
 
-@functools.partial(jax.jit, static_argnames=("reading", "bits", "axes"))
-def mse_clip(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...]) -> Clip:
+@functools.partial(jax.jit, static_argnames=("scheme", "bits", "axes"))
+def mse_clip(weights: Array, scheme: str, bits: int, *, axes: tuple[int, ...]) -> Clip:
   r"""The shares to clip from each channel's range for the least $\sum_w (w - Q(w))^2$.
 
-  Cuts from 0 to 0.48 in steps of 0.01 of the range: both ends alike, and for the readings with two free ends then each end in
-  turn, three times, which may miss the best pair of cuts. No channel's error is greater than without cuts.
+  The search goes from 0 to 0.48 in steps of 0.01: first both ends alike, then, for schemes with two free ends, each end in
+  turn, three times. It can miss the best pair of shares. No channel's error is greater than without clipping.
 
   Args:
     weights: kernel, any float type.
-    reading: a name in `WEIGHT_READINGS`.
+    scheme: a name in `WEIGHT_SCHEMES`.
     bits: 2 to 8.
     axes: the axes inside one channel.
 
@@ -77,7 +77,7 @@ def mse_clip(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...]) 
   cuts = jnp.linspace(0.0, _LARGEST_CUT, _STEPS)
 
   def at(lo: Array, hi: Array) -> _Found:
-    quantized = fake_quant(weights, *weight_grid(weights, reading, bits, axes=axes, clip=Clip(lo, hi)))
+    quantized = fake_quant(weights, *weight_grid(weights, scheme, bits, axes=axes, clip=Clip(lo, hi)))
     return _Found(jnp.sum(jnp.square(weights - quantized), axes, keepdims=True), lo, hi)
 
   def search(best: _Found, moves_lo: bool, moves_hi: bool) -> _Found:
@@ -91,7 +91,7 @@ def mse_clip(weights: Array, reading: str, bits: int, *, axes: tuple[int, ...]) 
 
   none = jnp.zeros_like(jnp.sum(weights, axes, keepdims=True))
   best = search(at(none, none), True, True)
-  for _ in range(_ROUNDS if reading in _TWO_ENDED else 0):
+  for _ in range(_ROUNDS if scheme in _TWO_ENDED else 0):
     best = search(search(best, True, False), False, True)
   return Clip(best.lo, best.hi)
 
@@ -101,7 +101,7 @@ def weight_clips(network: Network, rules: QuantRules) -> WeightClips:
 
   Args:
     network: with the float weights.
-    rules: bits, readings and range of the weights.
+    rules: bits, weight scheme and range of the weights.
 
   Returns:
     `{layer: Clip}` in execution order.
@@ -115,10 +115,10 @@ def weight_clips(network: Network, rules: QuantRules) -> WeightClips:
   layers = {layer.name: layer for layer in intercept.matmul_layers(network)}
   found = {}
   for name, rule in rules.resolve(network).items():
-    if rule.weight_bits is not None and rule.weight_reading is not None:
+    if rule.weight_bits is not None and rule.weight_scheme is not None:
       kernel = jnp.asarray(params[kernel_path(name)])
       axes = channel_axes(kernel, layers[name])
-      found[name] = mse_clip(kernel, rule.weight_reading, rule.weight_bits, axes=axes)
+      found[name] = mse_clip(kernel, rule.weight_scheme, rule.weight_bits, axes=axes)
   return found
 
 

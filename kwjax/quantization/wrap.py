@@ -31,8 +31,8 @@ def kernel_grid(kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Cl
     RuleError: the kernel is stacked along another axis than the first.
   """
   assert rule.weight_bits is not None
-  assert rule.weight_reading is not None
-  return weight_grid(kernel, rule.weight_reading, rule.weight_bits, axes=channel_axes(kernel, layer), clip=clip)
+  assert rule.weight_scheme is not None
+  return weight_grid(kernel, rule.weight_scheme, rule.weight_bits, axes=channel_axes(kernel, layer), clip=clip)
 
 
 def quantize_weights(

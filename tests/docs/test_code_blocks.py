@@ -29,7 +29,7 @@ import tyro
 
 import kwjax
 from kwjax.models import ModelInfo, register_model, registry
-from kwjax.quantization import WEIGHT_READINGS
+from kwjax.quantization import WEIGHT_SCHEMES
 from kwjax.synthesis import OWN_SCHEMES
 from tests.docs.pages import ROOT, Command, blocks, commands, name, pages
 
@@ -97,7 +97,7 @@ def workplace(given: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.M
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
   monkeypatch.setattr(kwjax, "synthesize", _short_synthesis)
   monkeypatch.setattr(kwjax, "distill", _short_distillation)
-  tables: tuple[dict[str, Any], ...] = (registry._TABLE, OWN_SCHEMES, WEIGHT_READINGS)
+  tables: tuple[dict[str, Any], ...] = (registry._TABLE, OWN_SCHEMES, WEIGHT_SCHEMES)
   kept = [dict(table) for table in tables]
   info = ModelInfo(_ARCH, "small", _SHAPE, 10, (0.5,) * 3, (0.25,) * 3, 0.9, 1e-5, "for the pages")
   register_model(info, SmallNet)

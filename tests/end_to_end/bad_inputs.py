@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
-from experiments._harness.common import Stages
 from kwjax.network import Network, save_network
 from kwjax.network_files import DESCRIPTION_FILE, WEIGHTS_FILE
+from kwjax.runtime.result_store import ResultStore
 from tests.end_to_end import jobs
 from tests.weights_conversion import checkpoint_files as written
 from weights_conversion.mapping import flax_entries
@@ -197,13 +197,13 @@ def in_a_file(folder: pathlib.Path) -> list[str]:
 
 def used_folder(folder: pathlib.Path) -> list[str]:
   """The folder of a run with other settings."""
-  Stages(folder / "used", {"seed": 7})
+  ResultStore(folder / "used", {"seed": 7})
   return ["--workdir", str(folder / "used")]
 
 
 def edited_settings(folder: pathlib.Path) -> list[str]:
   path = folder / "used" / "settings.json"
-  Stages(folder / "used", {"seed": 7})
+  ResultStore(folder / "used", {"seed": 7})
   path.write_text(path.read_text().replace("7", "0", 1))
   return ["--workdir", str(folder / "used")]
 

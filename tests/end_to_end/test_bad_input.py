@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 
 from experiments import cifar_bns
-from experiments._harness import memory
+from kwjax.runtime import memory
 from tests import networks
 from tests.end_to_end import jobs
 from tests.end_to_end.bad_inputs import ARCH, CASES, state_dict, stored, with_leaf
@@ -69,7 +69,7 @@ def test_without_batch_norm_there_are_no_statistics(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   network = networks.tiny_network(batch_norm=False)
-  monkeypatch.setattr("experiments._harness.pipeline.get_network", lambda options, default: network)
+  monkeypatch.setattr("kwjax.cli.compress.get_network", lambda *named, default: network)
   assert cifar_bns.main(["--preset", "smoke", "--workdir", str(tmp_path / "run")]) == 2
   assert re.search(r"error: .*tiny.* BatchNorm", capsys.readouterr().err.splitlines()[-1])
 

@@ -16,13 +16,13 @@ import pytest
 
 import kwjax
 from experiments import cifar_bns
-from experiments._harness.common import Stages
 from kwjax.errors import CheckpointError, WeightsError
 from kwjax.network import fingerprint, load_network, save_network
 from kwjax.network_files import DESCRIPTION_FILE, read_description
 from kwjax.quantization import load_integer_weights, load_quantized, save_quantized
 from kwjax.runtime.checkpoint import Checkpoints
 from kwjax.runtime.files import read_sealed_json, write_sealed_json
+from kwjax.runtime.result_store import ResultStore
 from kwjax.runtime.workdir import LOCK_FILES
 from kwjax.synthesis.store import ImageStore
 from tests.end_to_end import jobs
@@ -228,16 +228,16 @@ def test_stage_is_done_again_and_settings_are_refused(
   tmp_path: pathlib.Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
   result = {"top1": 0.25, "layers": {"conv1": [1.0, 1e-7]}, "none": None}
-  Stages(tmp_path / "whole", SETTINGS).once("score", lambda: result)
+  ResultStore(tmp_path / "whole", SETTINGS).once("score", lambda: result)
   for copy, name in damaged_copies(tmp_path / "whole", tmp_path, how):
     capsys.readouterr()
     if name.name == "settings.json" and how != "last byte lost":
       with pytest.raises(CheckpointError, match=rf"{copy / name} .*--no-resume starts over"):
-        Stages(copy, SETTINGS)
+        ResultStore(copy, SETTINGS)
       continue
-    assert Stages(copy, SETTINGS).once("score", lambda: result) == result
+    assert ResultStore(copy, SETTINGS).once("score", lambda: result) == result
     said = capsys.readouterr().err
-    assert (f"{copy / name} is" in said and "done again" in said) == (how != "last byte lost")
+    assert (f"{copy / name} is" in said and "computed again" in said) == (how != "last byte lost")
     assert read_sealed_json(copy / "stages" / "score.json") == {"result": result}
 
 

@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-from experiments._harness.options import Options, class_names
+from kwjax.cli.options import Options
+from kwjax.cli.run_settings import class_names
 from kwjax.errors import KwjaxError
 from tests.networks import tiny_network
 

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from experiments._harness.common import use_compilation_cache
+from kwjax.cli.command import use_compilation_cache
 
 
 @pytest.mark.parametrize("chosen", [None, "/data/programs"])

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments._harness.event_log import log_distillation, log_samples, synthesis_callback
+from kwjax.compression.event_log import log_distillation, log_samples, synthesis_callback
 from kwjax.distillation import DistillConfig
 from kwjax.runtime.tensorboard import open_log, read_events
 from kwjax.synthesis import SampleSet, SynthesisConfig

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from experiments._harness.options import sizes
 from experiments._harness.study import StudyOptions, choose
 from experiments._harness.study_setup import load
 from experiments.knowledge_within import figure2_monitor
 from experiments.knowledge_within.figure2_monitor import facts, falls, falls_then_diverges
 from kwjax.analysis.curves import CurvePanel, curve_panels
+from kwjax.cli.options import sizes
 from kwjax.errors import KwjaxError
 from kwjax.runtime.parallel import device_group
 from tests.experiments.tiny_study import command, tiny_network_loaded

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments._harness.options import sizes
 from experiments._harness.study import Setup, choose
 from experiments._harness.study_setup import load
 from experiments._harness.tables import Entry
 from experiments.knowledge_within import figure3_quality
 from kwjax.analysis.similarity import measure
+from kwjax.cli.options import sizes
 from kwjax.runtime.parallel import device_group
 from kwjax.synthesis.store import ImageStore
 from tests.experiments.tiny_study import command, tiny_network_loaded, write_noise
@@ -90,7 +90,7 @@ def test_cells_are_filled(
     return student, []
 
   monkeypatch.setattr(
-    "experiments._harness.stages.distill_with_history", distill
+    "kwjax.compression.student.distill_with_history", distill
   )  # covered by other tests, and slow to compile
   given = command(folder)
   assert figure3_quality.main([*given, "--columns", "KD"]) == 2

@@ -20,7 +20,7 @@ def test_panels_and_cells_are_filled(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   monkeypatch.setenv("KWJAX_CACHE", str(tmp_path / "cache"))
-  monkeypatch.setattr("experiments._harness.study.get_network", lambda options, default: tiny_network())
+  monkeypatch.setattr("experiments._harness.study.get_network", lambda *named, default: tiny_network())
   drawn = []
   draw = panel_figures.image_panels
   monkeypatch.setattr(

@@ -20,7 +20,7 @@ from tests.networks import tiny_network
 def test_cells_are_filled(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setenv("KWJAX_CACHE", str(tmp_path / "cache"))
   network = tiny_network()
-  monkeypatch.setattr("experiments._harness.study.get_network", lambda options, default: network)
+  monkeypatch.setattr("experiments._harness.study.get_network", lambda *named, default: network)
   rng = np.random.default_rng(0)
   np.savez(tmp_path / "real.npz", images=rng.integers(0, 256, (6, 8, 8, 3), np.uint8))
   arguments = ["--network", "tiny", "--preset", "smoke", "--devices", "1", "--workdir", str(tmp_path / "run")]

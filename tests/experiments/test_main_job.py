@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from experiments import cifar_bns, imagenet_bns
-from experiments._harness.common import Stages
 from kwjax.errors import CheckpointError
 from kwjax.models import get_model, model_info
 from kwjax.network import Network, load_network, save_network
 from kwjax.quantization import load_integer_weights, load_quantized
+from kwjax.runtime.result_store import ResultStore
 from kwjax.runtime.tensorboard import read_events
 from tests.networks import random_network
 
@@ -211,7 +211,7 @@ def test_float_copy_and_integer_weights(folder: pathlib.Path) -> None:
     "4w8a",
     "--first-last",
     "none",
-    "--weight-reading",
+    "--weight-scheme",
     "affine0",
     "--distill-steps",
     "0",
@@ -226,14 +226,14 @@ def test_float_copy_and_integer_weights(folder: pathlib.Path) -> None:
 
 
 def test_stages_are_computed_once_and_infinity_becomes_null(tmp_path: pathlib.Path) -> None:
-  stages = Stages(tmp_path, {"seed": 0})
+  stages = ResultStore(tmp_path, {"seed": 0})
   assert stages.once("score", lambda: {"sqnr_db": float("inf"), "kl": [0.5, float("nan")]}) == {
     "sqnr_db": None,
     "kl": [0.5, None],
   }
   assert stages.once("score", lambda: pytest.fail("computed twice")) == {"sqnr_db": None, "kl": [0.5, None]}
   with pytest.raises(CheckpointError, match="seed is 0 there and 1 now"):
-    Stages(tmp_path, {"seed": 1})
+    ResultStore(tmp_path, {"seed": 1})
 
 
 def test_no_resume_starts_over_and_spares_what_is_not_its_own(

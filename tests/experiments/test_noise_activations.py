@@ -58,7 +58,7 @@ def test_cells_are_what_the_library_measures(folder: pathlib.Path, monkeypatch: 
 
 
 def noise_key(seed: int) -> object:
-  from experiments._harness.stages import GAUSSIAN_KEY, stream_key
+  from kwjax.compression.workspace import GAUSSIAN_KEY, stream_key
 
   return stream_key(seed, GAUSSIAN_KEY)
 

@@ -11,19 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from experiments._harness.common import Stages
-from experiments._harness.options import sizes
-from experiments._harness.stages import Site
 from experiments._harness.study import choose
 from experiments._harness.study_setup import load
 from experiments._harness.tables import Entry
 from experiments.noise import distill as noise_distill
 from experiments.noise.distill import Options
 from experiments.noise.student import Recipe, current_top1
+from kwjax.cli.options import sizes
+from kwjax.compression.workspace import Workspace
 from kwjax.errors import KwjaxError
 from kwjax.runtime.data import load_data
 from kwjax.runtime.parallel import device_group
-from kwjax.runtime.workdir import Shutdown
+from kwjax.runtime.result_store import ResultStore
 from kwjax.sources import FreshNoise
 from tests.experiments.tiny_study import command, tiny_network_loaded, write_noise
 from tests.networks import tiny_network
@@ -42,8 +41,8 @@ def arguments(folder: pathlib.Path, *more: str) -> list[str]:
   return command(folder, "--eval-data", f"{folder / 'data.npz'}:test", *more)
 
 
-def site_of(folder: pathlib.Path) -> Site:
-  return Site(tiny_network(), device_group(1), Stages(folder, {"study": "x"}), Shutdown(), folder / "scratch")
+def site_of(folder: pathlib.Path) -> Workspace:
+  return Workspace(tiny_network(), device_group(1), ResultStore(folder, {"study": "x"}), scratch=folder / "scratch")
 
 
 def recipe(folder: pathlib.Path, row: str, column: str, **options: Any) -> Recipe:
@@ -166,11 +165,11 @@ def test_settings_of_a_pool_are_those_of_earlier_runs(folder: pathlib.Path) -> N
 
 
 def test_spaces_and_sources_of_the_noise(folder: pathlib.Path) -> None:
-  site, network = site_of(folder / "spaces"), tiny_network()
-  normalized = recipe(folder, "gaussian", "P=0")._pool(site, 256, 0)
+  workspace, network = site_of(folder / "spaces"), tiny_network()
+  normalized = recipe(folder, "gaussian", "P=0")._pool(workspace, 256, 0)
   x = (normalized - np.float32(network.input_mean)) / np.float32(network.input_std)
   np.testing.assert_allclose((x.mean(), x.std()), (0.0, 1.0), atol=0.01)
-  pixel = recipe(folder, "gaussian", "P=0", gaussian_space="pixel")._pool(site, 256, 0)
+  pixel = recipe(folder, "gaussian", "P=0", gaussian_space="pixel")._pool(workspace, 256, 0)
   assert (pixel.min(), pixel.max()) == (0.0, 1.0)
   np.testing.assert_allclose(pixel.mean(), 0.5, atol=0.005)
   fresh = recipe(folder, "gaussian", "P=0", fresh=True)._fresh(network)

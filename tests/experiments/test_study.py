@@ -11,11 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments._harness.common import run_command
-from experiments._harness.image_sets import identity
-from experiments._harness.stages import drawn_images
+from experiments._harness.image_sets import drawn_images, identity
 from experiments._harness.study import CellPlan, Missing, Setup, Study, StudyOptions, run
 from experiments._harness.tables import Entry, Table, as_json, as_rows, as_text, over_seeds, write_csv
+from kwjax.cli.command import run_command
 from kwjax.errors import KwjaxError
 from kwjax.runtime.data import array_data, load_data
 from tests.networks import tiny_network
@@ -25,7 +24,7 @@ from tests.networks import tiny_network
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
   """Every study gets a network that takes no time to make, and a compilation cache of its own."""
   monkeypatch.setenv("KWJAX_CACHE", str(tmp_path / "cache"))
-  monkeypatch.setattr("experiments._harness.study.get_network", lambda options, default: tiny_network())
+  monkeypatch.setattr("experiments._harness.study.get_network", lambda *named, default: tiny_network())
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments._harness.options import sizes
 from experiments._harness.quantization_table import ROWS
 from experiments._harness.study import Cell, Study, choose
 from experiments._harness.study_options import Missing
 from experiments._harness.study_setup import load
 from experiments.knowledge_within import table3_imagenet
+from kwjax.cli.options import sizes
 from kwjax.network import Network
 from kwjax.runtime.parallel import device_group
 from tests.networks import tiny_network
@@ -97,7 +97,7 @@ def test_a_row_is_filled(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
   network = tiny_network().replace(arch="efficientnet_lite0", name="efficientnet_lite0")
   asked = []
 
-  def loaded(options: object, default: str | None) -> Network:
+  def loaded(*named: object, default: str | None) -> Network:
     asked.append(default)
     return network
 

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from experiments._harness.options import sizes
 from experiments._harness.study import choose
 from experiments._harness.study_options import Missing
 from experiments._harness.study_setup import load
@@ -18,6 +17,7 @@ from experiments.knowledge_within import table4_similarity as table4
 from experiments.knowledge_within.similarity_options import Options, subjects
 from experiments.knowledge_within.similarity_sets import GROUP, Subject, group_jkl
 from kwjax.analysis.similarity import measure
+from kwjax.cli.options import sizes
 from kwjax.network import Network
 from kwjax.runtime.parallel import device_group
 from tests.networks import TinyNet, random_network
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("KWJAX_CACHE", str(folder / "cache"))
     patch.setattr("experiments.knowledge_within.similarity_options.load_network", lambda path: network(path.name))
-    patch.setattr("experiments._harness.study.get_network", lambda options, default: network(options.network.name))
+    patch.setattr("experiments._harness.study.get_network", lambda folder, *named, default: network(folder.name))
     yield folder
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from experiments._harness.options import sizes
 from experiments._harness.study import StudyOptions, choose
 from experiments._harness.study_setup import load
 from experiments.knowledge_within import table5_sigma
+from kwjax.cli.options import sizes
 from kwjax.runtime.parallel import device_group
 from tests.experiments.tiny_study import command, tiny_network_loaded
 from tests.networks import tiny_network

@@ -7,13 +7,12 @@ import pathlib
 
 import pytest
 
-from experiments._harness.calibration import BEST, PAPER, Method, method_of
-from experiments._harness.options import Options, sizes
-from experiments._harness.pipeline import parse_rules
 from experiments._harness.study import choose
 from experiments._harness.study_setup import load
 from experiments.calibration import table_calibration
+from kwjax.cli.options import Options, method_of, rules_of, sizes
 from kwjax.quantization import QuantRules
+from kwjax.quantization.methods import BEST, PAPER, Method
 from kwjax.runtime.parallel import device_group
 from tests.experiments.tiny_study import write_answered
 from tests.networks import tiny_network
@@ -29,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def test_cells_are_filled_and_kept(data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   network = tiny_network()
-  monkeypatch.setattr("experiments._harness.study.get_network", lambda options, default: network)
+  monkeypatch.setattr("experiments._harness.study.get_network", lambda *named, default: network)
   monkeypatch.setenv("KWJAX_CACHE", str(tmp_path / "cache"))
   arguments = ["--eval-data", f"{data}:test", "--real-data", f"{data}:train", "--preset", "smoke", "--devices", "1"]
   arguments += ["--workdir", str(tmp_path / "run"), "--columns", "real", "--bits", "3w3a"]
@@ -66,13 +65,13 @@ def test_the_main_job_takes_the_best_method_and_the_papers_on_demand() -> None:
   assert method_of(Options()) == BEST
   assert method_of(Options(preset="paper")) == method_of(Options(calibration="paper")) == PAPER
   assert method_of(Options(preset="paper", calibration="best")) == BEST
-  changed = Options(calibration="paper", range_reading="chunk", weight_range="mse", equalize=True)
+  changed = Options(calibration="paper", range_method="chunk", weight_range="mse", equalize=True)
   assert method_of(changed) == Method("chunk", "mse", equalizes=True)
   assert method_of(Options(calibration="paper", correction="mean")) == Method(corrects_bias=True)
   none = method_of(Options(correction="none"))
   assert not none.corrects_bias
   assert not none.corrects_variance
-  rules = parse_rules(Options(calibration="paper"), tiny_network())
+  rules = rules_of(Options(calibration="paper"), tiny_network())
   assert rules["4w4a"].describe() == "4w4a, first/last 8w8a, weights affine, ranges sample"
 
 

@@ -21,7 +21,7 @@ def arguments(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> list[s
   images = np.asarray(jax.random.uniform(jax.random.key(0), (8, 8, 8, 3)))
   labels = np.asarray(jnp.argmax(tiny_network().apply(images), -1))
   np.savez(tmp_path / "data.npz", test_images=(images * 255).astype(np.uint8), test_labels=labels)
-  monkeypatch.setattr("experiments._harness.study.get_network", lambda options, default: tiny_network())
+  monkeypatch.setattr("experiments._harness.study.get_network", lambda *named, default: tiny_network())
   monkeypatch.setenv("KWJAX_CACHE", str(tmp_path / "cache"))
   given = ["--eval-data", f"{tmp_path / 'data.npz'}:test", "--preset", "smoke", "--devices", "1"]
   return [*given, "--workdir", str(tmp_path / "run"), "--sensitivity-images", "2"]

@@ -18,7 +18,7 @@ from tests.networks import tiny_network
 def tiny_network_loaded() -> Iterator[None]:
   """Whatever --network says, a study gets the tiny network."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr("experiments._harness.study.get_network", lambda options, default: tiny_network())
+    patch.setattr("experiments._harness.study.get_network", lambda *named, default: tiny_network())
     yield
 
 

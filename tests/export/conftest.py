@@ -25,5 +25,5 @@ def make() -> Callable[..., Network]:
 
 @pytest.fixture(scope="session")
 def make_quantized() -> Callable[..., QuantizedNetwork]:
-  """`(network, bits, weight reading, **rules) -> QuantizedNetwork`."""
+  """`(network, bits, weight scheme, **rules) -> QuantizedNetwork`."""
   return quantized

@@ -96,9 +96,9 @@ def logits(network: Network | QuantizedNetwork, images: np.ndarray) -> np.ndarra
   return np.asarray(jax.jit(lambda found, x: found.apply(x), compiler_options=options)(network, images))
 
 
-def quantized(network: Network, bits: str, reading: str, **options: Any) -> QuantizedNetwork:
+def quantized(network: Network, bits: str, scheme: str, **options: Any) -> QuantizedNetwork:
   """By ranges that suit normalised images and what comes out of a ReLU; nothing is run."""
-  rules = QuantRules.parse(bits, weights=reading, **options)
+  rules = QuantRules.parse(bits, weights=scheme, **options)
   first, *others = intercept.matmul_layers(network)
   rising = np.linspace(2.5, 4.0, len(others) or 1)
   ranges = {first.name: (-1.8, 2.2)}

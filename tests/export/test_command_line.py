@@ -48,7 +48,7 @@ def test_what_cannot_be_exported_ends_with_status_2(workdir, make, make_quantize
   save_quantized(make_quantized(network, "4w4a", "auto"), tmp_path / "affine")
   save_network(network, tmp_path / "float")
   for arguments, message in (
-    (["--format", "onnx", "--network", str(tmp_path / "affine")], "--weight-reading affine0"),
+    (["--format", "onnx", "--network", str(tmp_path / "affine")], "--weight-scheme affine0"),
     (["--format", "safetensors", "--network", str(tmp_path / "float")], "is float"),
     (["--format", "onnx", "--run", str(tmp_path)], "is not the folder of a finished main job"),
     (["--format", "onnx"], "either --run WORKDIR or --network FOLDER"),

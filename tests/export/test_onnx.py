@@ -116,7 +116,7 @@ def test_types_of_the_kernels(opset, bits, kind, make, make_quantized, images, t
 
 def test_weights_without_integers_are_refused_by_name_or_listed(make, make_quantized, images, tmp_path):
   student = make_quantized(make(Setup()), "4w4a", "auto")
-  with pytest.raises(RuleError, match=r"features/layers_0 \(and 3 more layers\).*--weight-reading affine0"):
+  with pytest.raises(RuleError, match=r"features/layers_0 \(and 3 more layers\).*--weight-scheme affine0"):
     export_onnx(student, tmp_path / "net.onnx")
   assert not (tmp_path / "net.onnx").exists()
   facts = export_onnx(student, tmp_path / "net.onnx", allow_float_weights=True)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import optax
 
-from experiments._harness.common import run_command
 from kwjax.analysis.similarity import measure
+from kwjax.cli.command import run_command
 from kwjax.distillation import DistillConfig, distill, distill_step
 from kwjax.distillation.step import initial_state
 from kwjax.quantization import observe_ranges

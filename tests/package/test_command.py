@@ -1,15 +1,20 @@
-"""`python -m kwjax`."""
+"""`python -m kwjax`, and the command that the wheel installs."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import pathlib
 import platform
+import tomllib
 
 import flax
 import jax
 import pytest
 
 import kwjax
-from kwjax.__main__ import _COMMANDS, installed_commands, main
+from kwjax.__main__ import main
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_version_names_what_the_numbers_depend_on(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,14 +27,7 @@ def test_version_names_what_the_numbers_depend_on(capsys: pytest.CaptureFixture[
   assert lines[-1] == f"devices {len(jax.devices())} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
 
 
-def test_help_lists_the_commands_that_there_are(
-  capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-  assert set(installed_commands()) == set(_COMMANDS)
-  assert main([]) == 0
-  text = capsys.readouterr().out
-  for module in _COMMANDS:
-    assert f"  python -m {module} " in text
-  monkeypatch.setitem(_COMMANDS, "experiments.no_such", "nothing")
-  monkeypatch.setitem(_COMMANDS, "no_such_package.command", "nothing")
-  assert {"experiments.no_such", "no_such_package.command"}.isdisjoint(installed_commands())
+def test_the_wheel_installs_this_command() -> None:
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  entry = importlib.metadata.EntryPoint("kwjax", project["scripts"]["kwjax"], "console_scripts")
+  assert entry.load() is main

@@ -1,4 +1,4 @@
-"""Weight readings against their closed forms, channel by channel."""
+"""Weight schemes against their closed forms, channel by channel."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ import numpy as np
 import pytest
 
 from kwjax.errors import RuleError
-from kwjax.quantization import WEIGHT_READINGS, activation_grid, fake_quant, weight_grid
+from kwjax.quantization import WEIGHT_SCHEMES, activation_grid, fake_quant, weight_grid
 
-READINGS = sorted(WEIGHT_READINGS)
+SCHEMES = sorted(WEIGHT_SCHEMES)
 
 
-def levels_by_definition(w, reading, bits):
+def levels_by_definition(w, scheme, bits):
   """All levels of one channel, float64, written from the definitions alone."""
   lo, hi, top = w.min(), w.max(), np.abs(w).max()
-  if reading == "sym":
+  if scheme == "sym":
     n = 2 ** (bits - 1) - 1
     return np.arange(-n, n + 1) * top / n
-  if reading == "symfull":
+  if scheme == "symfull":
     n = 2 ** (bits - 1)
     return np.arange(-n, n) * top / n
-  if reading == "affine":
+  if scheme == "affine":
     return np.linspace(lo, hi, 2**bits)
-  if reading == "midrise":
+  if scheme == "midrise":
     return np.linspace(-top, top, 2**bits)
   lo, hi = min(lo, 0), max(hi, 0)
   scale = (hi - lo) / (2**bits - 1)
   return (np.arange(2**bits) - np.round(-lo / scale)) * scale
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_every_weight_goes_to_the_nearest_level_of_its_channel(reading, bits):
+def test_every_weight_goes_to_the_nearest_level_of_its_channel(scheme, bits):
   w = np.asarray(jax.random.normal(jax.random.key(bits), (3, 3, 4, 6))) * np.linspace(0.01, 3, 6) + np.linspace(
     -1, 1, 6
   )
-  found = np.asarray(fake_quant(jnp.asarray(w), *weight_grid(jnp.asarray(w), reading, bits, axes=(0, 1, 2))))
+  found = np.asarray(fake_quant(jnp.asarray(w), *weight_grid(jnp.asarray(w), scheme, bits, axes=(0, 1, 2))))
   for channel in range(6):
     column = w[..., channel].astype(np.float64)
-    levels = levels_by_definition(column, reading, bits)
+    levels = levels_by_definition(column, scheme, bits)
     distance = np.abs(column[..., None] - levels).min(-1)
     step = levels[1] - levels[0]
     np.testing.assert_allclose(np.abs(found[..., channel] - column), distance, atol=2e-5 * step + 1e-6)
@@ -54,20 +54,20 @@ def test_two_bit_midrise_is_thirds():
   np.testing.assert_allclose(found[:, 0], np.array([-0.9, -0.3, 0.3, 0.3, 0.9]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_zero_constant_and_tiny_channels_stay_finite(reading, bits):
+def test_zero_constant_and_tiny_channels_stay_finite(scheme, bits):
   columns = [np.zeros(5), np.full(5, 0.7), np.full(5, -0.7), np.full(5, 1e-42), np.linspace(-1e-30, 1e-30, 5)]
   w = jnp.asarray(np.stack(columns, -1), jnp.float32)
-  grid = weight_grid(w, reading, bits, axes=(0,))
+  grid = weight_grid(w, scheme, bits, axes=(0,))
   found, gradient = jax.value_and_grad(lambda v: fake_quant(v, *grid).sum())(w)
   assert np.isfinite(found)
   assert np.isfinite(gradient).all()
   assert (np.asarray(grid.scale) > 0).all()
   quantized = np.asarray(fake_quant(w, *grid))
-  if reading != "midrise":  # it has no level at zero
+  if scheme != "midrise":  # it has no level at zero
     np.testing.assert_array_equal(quantized[:, 0], 0)
-  if reading in ("affine", "affine0", "midrise", "sym"):
+  if scheme in ("affine", "affine0", "midrise", "sym"):
     np.testing.assert_allclose(quantized[:, 1:3], w[:, 1:3], rtol=1e-6)
 
 
@@ -78,7 +78,7 @@ def test_no_gradient_flows_through_the_scale():
   np.testing.assert_array_equal(gradient, np.ones_like(w))
 
 
-def test_unknown_reading_is_named():
+def test_unknown_scheme_is_named():
   with pytest.raises(RuleError, match=r"'median'.*affine"):
     weight_grid(jnp.ones((2, 2)), "median", 4, axes=(0,))
 

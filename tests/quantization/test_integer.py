@@ -1,4 +1,4 @@
-"""Integer weights equal the kernels that the quantized forward pass uses, and readings without integers are refused."""
+"""Integer weights equal the kernels that the quantized forward pass uses, and schemes without integers are refused."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_float_layers_are_left_out(network):
   assert list(integer_weights(quantize(network, rules, Ranges({})))) == ["depthwise", "pointwise", "classifier"]
 
 
-def test_readings_without_integers_are_refused_by_layer_and_name(network):
+def test_schemes_without_integers_are_refused_by_layer_and_name(network):
   with pytest.raises(RuleError, match=r"layer stem .*'affine' has a real zero point"):
     integer_weights(quantize(network, QuantRules.parse("4w32a"), Ranges({})))
   rules = QuantRules.parse("4w32a", weights="midrise", overrides={"last": "8w32a"})

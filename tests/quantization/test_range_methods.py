@@ -184,7 +184,7 @@ def test_options_are_read_and_refused(network, images):
   # Files and results of versions without the option stay valid.
   assert "weights_range" not in QuantRules.parse("4w4a").to_json()
   for text in ("median", "percentile:", "percentile:x", "percentile:20", "percentile:101", "mse:3", "sample:2"):
-    with pytest.raises(RuleError, match="range reading"):
+    with pytest.raises(RuleError, match="range method"):
       QuantRules.parse("4w4a", ranges=text)
   with pytest.raises(RuleError, match="weight range 'entropy'"):
     QuantRules.parse("4w4a", weights_range="entropy")

@@ -53,22 +53,22 @@ def test_pattern_must_match_the_whole_path(network):
     QuantRules.parse("4w4a", overrides={"wise": "8w8a"}).resolve(network)
 
 
-def test_float_bits_have_no_reading(network):
+def test_float_bits_have_no_scheme(network):
   rules = QuantRules.parse("32w8a", overrides={"stem": "4w32a"})
   assert rules.resolve(network)["depthwise"] == LayerRule(None, 8, None)
   assert rules.resolve(network)["stem"] == LayerRule(4, None, "affine")
   assert Bits.parse("32w32a") == Bits.parse("float") == Bits(None, None)
 
 
-def test_auto_reading_follows_the_bits(network):
+def test_auto_scheme_follows_the_bits(network):
   rules = QuantRules.parse("2w4a", first_last="4w4a", overrides={"pointwise": "3w4a"})
-  readings = {name: rule.weight_reading for name, rule in rules.resolve(network).items()}
-  assert readings == {"stem": "affine", "depthwise": "symfull", "pointwise": "symfull", "classifier": "affine"}
+  schemes = {name: rule.weight_scheme for name, rule in rules.resolve(network).items()}
+  assert schemes == {"stem": "affine", "depthwise": "symfull", "pointwise": "symfull", "classifier": "affine"}
   whole = dataclasses.replace(rules, weights="integer").resolve(network)
-  readings = {name: rule.weight_reading for name, rule in whole.items()}
-  assert readings == {"stem": "affine0", "depthwise": "symfull", "pointwise": "symfull", "classifier": "affine0"}
+  schemes = {name: rule.weight_scheme for name, rule in whole.items()}
+  assert schemes == {"stem": "affine0", "depthwise": "symfull", "pointwise": "symfull", "classifier": "affine0"}
   fixed = QuantRules.parse("2w4a", weights="midrise").resolve(network)
-  assert {rule.weight_reading for rule in fixed.values()} == {"midrise"}
+  assert {rule.weight_scheme for rule in fixed.values()} == {"midrise"}
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,9 @@ def test_bad_bits_are_refused_with_the_expected_form(text):
 
 
 def test_bad_options_are_refused():
-  with pytest.raises(RuleError, match=r"weight reading 'mse'.*affine0"):
+  with pytest.raises(RuleError, match=r"weight scheme 'mse'.*affine0"):
     QuantRules.parse("4w4a", weights="mse")
-  with pytest.raises(RuleError, match=r"range reading 'median'.*chunk"):
+  with pytest.raises(RuleError, match=r"range method 'median'.*chunk"):
     QuantRules.parse("4w4a", ranges="median")
   with pytest.raises(RuleError, match=r"'conv\(' is not a regular expression"):
     QuantRules.parse("4w4a", overrides={"conv(": "8w8a"})

@@ -46,7 +46,7 @@ def test_round_trip_under_scan(stacked_networks, tmp_path):
   np.testing.assert_array_equal(load_quantized(tmp_path, module=network.module).apply(images), saved.apply(images))
 
 
-def test_readings_without_integers_leave_no_integer_file(network, images, tmp_path):
+def test_schemes_without_integers_leave_no_integer_file(network, images, tmp_path):
   save_quantized(student(network, images, weights="sym"), tmp_path)
   assert (tmp_path / "integer.safetensors").exists()
   save_quantized(student(network, images), tmp_path)

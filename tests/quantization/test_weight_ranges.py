@@ -12,7 +12,7 @@ import pytest
 from kwjax.distillation import DistillConfig, distill
 from kwjax.errors import RuleError, WeightsError
 from kwjax.quantization import (
-  WEIGHT_READINGS,
+  WEIGHT_SCHEMES,
   Clip,
   QuantRules,
   Ranges,
@@ -39,38 +39,38 @@ def kernel(seed: int = 0) -> jax.Array:
   return jnp.asarray(weights, jnp.float32)
 
 
-def errors(weights: jax.Array, reading: str, bits: int, clip: Clip | None = None) -> np.ndarray:
-  quantized = fake_quant(weights, *weight_grid(weights, reading, bits, axes=(0, 1, 2), clip=clip))
+def errors(weights: jax.Array, scheme: str, bits: int, clip: Clip | None = None) -> np.ndarray:
+  quantized = fake_quant(weights, *weight_grid(weights, scheme, bits, axes=(0, 1, 2), clip=clip))
   return np.square(np.asarray(weights - quantized, np.float64)).sum((0, 1, 2))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("reading", sorted(WEIGHT_READINGS))
-def test_clip_is_as_good_as_exhaustive_search(reading, bits):
+@pytest.mark.parametrize("scheme", sorted(WEIGHT_SCHEMES))
+def test_clip_is_as_good_as_exhaustive_search(scheme, bits):
   weights = kernel()
-  found = errors(weights, reading, bits, mse_clip(weights, reading, bits, axes=(0, 1, 2)))
+  found = errors(weights, scheme, bits, mse_clip(weights, scheme, bits, axes=(0, 1, 2)))
   cuts = np.linspace(0, 0.48, 25)
-  shares = [(cut, cut) for cut in cuts] if reading in ONE else [(a, b) for a in cuts for b in cuts]
-  every = jax.vmap(lambda lo, hi: _errors(weights, reading, bits, lo, hi))(*jnp.asarray(shares, jnp.float32).T)
-  best, whole = np.asarray(every).min(0), errors(weights, reading, bits)
+  shares = [(cut, cut) for cut in cuts] if scheme in ONE else [(a, b) for a in cuts for b in cuts]
+  every = jax.vmap(lambda lo, hi: _errors(weights, scheme, bits, lo, hi))(*jnp.asarray(shares, jnp.float32).T)
+  best, whole = np.asarray(every).min(0), errors(weights, scheme, bits)
   assert (found <= whole * (1 + 1e-6)).all()
-  assert (found <= best * (1.001 if reading in ONE else 1.2)).all()
+  assert (found <= best * (1.001 if scheme in ONE else 1.2)).all()
   if bits == 2:
     assert found[:4].sum() < 0.95 * whole[:4].sum()
 
 
-def _errors(weights, reading, bits, lo, hi):
+def _errors(weights, scheme, bits, lo, hi):
   ones = jnp.ones((1, 1, 1, weights.shape[-1]))
-  grid = weight_grid(weights, reading, bits, axes=(0, 1, 2), clip=Clip(lo * ones, hi * ones))
+  grid = weight_grid(weights, scheme, bits, axes=(0, 1, 2), clip=Clip(lo * ones, hi * ones))
   return jnp.sum(jnp.square(weights - fake_quant(weights, *grid)), (0, 1, 2))
 
 
-@pytest.mark.parametrize("reading", sorted(WEIGHT_READINGS))
-def test_no_clip_is_the_whole_range(reading):
+@pytest.mark.parametrize("scheme", sorted(WEIGHT_SCHEMES))
+def test_no_clip_is_the_whole_range(scheme):
   weights, none = kernel(), jnp.zeros((1, 1, 1, 6))
   for value, expected in zip(
-    weight_grid(weights, reading, 4, axes=(0, 1, 2), clip=Clip(none, none)),
-    weight_grid(weights, reading, 4, axes=(0, 1, 2)),
+    weight_grid(weights, scheme, 4, axes=(0, 1, 2), clip=Clip(none, none)),
+    weight_grid(weights, scheme, 4, axes=(0, 1, 2)),
     strict=True,
   ):
     np.testing.assert_array_equal(value, expected)
@@ -81,9 +81,9 @@ def copy_of(network, weights="affine0", **options):
   return quantize(network, rules, Ranges({}))
 
 
-@pytest.mark.parametrize("reading", ["affine0", "symfull", "midrise"])
-def test_integers_dequantize_to_what_apply_uses(network, images, reading):
-  student = copy_of(network, reading)
+@pytest.mark.parametrize("scheme", ["affine0", "symfull", "midrise"])
+def test_integers_dequantize_to_what_apply_uses(network, images, scheme):
+  student = copy_of(network, scheme)
 
   @jax.jit
   def used(variables, images):
@@ -95,7 +95,7 @@ def test_integers_dequantize_to_what_apply_uses(network, images, reading):
   kernels = used(network.variables, images[:1])
   for name, tensor in integer_weights(student).items():
     np.testing.assert_array_equal(tensor.dequantize(), kernels[name]["kernel"])
-  whole = quantize(network, QuantRules.parse("3w32a", weights=reading), Ranges({}))
+  whole = quantize(network, QuantRules.parse("3w32a", weights=scheme), Ranges({}))
   assert any((integer_weights(whole)[n].q != t.q).any() for n, t in integer_weights(student).items())
 
 

@@ -1,9 +1,8 @@
-"""What the main job shows in TensorBoard."""
+"""What a compression shows in TensorBoard while it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -48,13 +47,3 @@ def log_distillation(log: EventLog | None, config: DistillConfig, rows: Sequence
     step = int(row["step"])
     values = {f"distillation/{name}": value for name, value in row.items() if name != "step"}
     log.scalars(step, {**values, "distillation/learning_rate": float(rate(step - 1))})  # type: ignore[union-attr]
-
-
-def log_report(log: EventLog | None, summary: str, report: Mapping[str, Any], picture: np.ndarray) -> None:
-  """Write the run in a sentence, its protocol and command, and the image grid u8[h,w,3]."""
-  if log is None:
-    return
-  protocol = "\n".join(f"- **{name}**: {value}" for name, value in report["protocol"].items())
-  log.text("run/summary", summary)
-  log.text("run/protocol", f"{protocol}\n- **seed**: {report['seed']}\n\n`{report['command']}`")
-  log.image("run/images", picture)

@@ -1,4 +1,4 @@
-"""How every experiment reads its command line."""
+"""How every command reads its command line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ T = TypeVar("T")
 _PIPE_CLOSED = 141  # what a shell reports of a program that SIGPIPE ended
 
 
-def parse(options: type[T], args: Sequence[str] | None, name: str, description: str | None) -> T:
+def parse(options: type[T], args: Sequence[str] | None, prog: str, description: str | None) -> T:
   """The options that a command line sets.
 
   Args:
     options: a dataclass, a field an option.
     args: the arguments, or None: those of the process.
-    name: of the experiment, as in `python -m experiments.NAME`.
+    prog: how the command is called, "python -m experiments.export".
     description: what `--help` says above the options.
 
   Raises:
@@ -28,7 +28,7 @@ def parse(options: type[T], args: Sequence[str] | None, name: str, description: 
   """
   try:
     try:
-      return tyro.cli(options, args=args, prog=f"python -m experiments.{name}", description=description)
+      return tyro.cli(options, args=args, prog=prog, description=description)
     finally:
       sys.stdout.flush()
   except BrokenPipeError:

@@ -10,11 +10,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments._harness.options import Sizes
 from kwjax import intercept
 from kwjax.errors import KwjaxError
 from kwjax.network import Network
-from kwjax.synthesis import SynthesisConfig
 
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
@@ -22,6 +20,8 @@ _OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
 # ResNet-20 and MobileNetV2, 2.1 for the fine-tuning with either, whose teacher and student each keep theirs.
 _SYNTHESIS_SHARE, _DISTILLATION_SHARE = 0.75, 2.2
 _IMAGE_SETS = 3  # the synthesized set, the Gaussian one, and a copy of either while it is put together
+
+REMEDY = "choose fewer images or duplicates, or a smaller batch size of the synthesis or of the fine-tuning"
 
 
 class Need(NamedTuple):
@@ -37,20 +37,18 @@ def activation_bytes(network: Network) -> int:
   return 4 * sum(int(np.prod(layer.input_shape)) * layer.repeats for layer in kept)
 
 
-def predict(network: Network, config: SynthesisConfig, chosen: Sizes, devices: int) -> Need:
-  """What a run will need, within about a factor of two.
+def predict(network: Network, *, images: int, synthesized: int, trained: int, devices: int) -> Need:
+  """What a compression will need, within about a factor of two.
 
   Args:
     network: gives the sizes of the activations.
-    config: of the synthesis.
-    chosen: images, held-out images, batch of the fine-tuning.
+    images: in a set.
+    synthesized: images that a step of the synthesis forwards, over all devices; 0 without a synthesis.
+    trained: images that a step of the fine-tuning forwards, likewise.
     devices: number that a step is spread over.
   """
-  images = chosen.images + chosen.held_out
-  optimized = min(config.batch_size, images) * config.duplicates if config.is_optimized and config.steps else 0
-  trained = chosen.distill_batch_size if chosen.distill_steps else 0
   weights = sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(network.variables))
-  share = max(-(-optimized // devices) * _SYNTHESIS_SHARE, -(-trained // devices) * _DISTILLATION_SHARE)
+  share = max(-(-synthesized // devices) * _SYNTHESIS_SHARE, -(-trained // devices) * _DISTILLATION_SHARE)
   # Weights, gradients, momentum and the teacher.
   step = int(share * activation_bytes(network)) + 4 * 4 * weights
   return Need(device=step, host=_IMAGE_SETS * images * 4 * int(np.prod(network.image_shape)))
@@ -94,15 +92,16 @@ def _left_in_cgroups() -> list[int]:
   return found
 
 
-def check(need: Need, devices: Sequence[jax.Device]) -> None:
+def check(need: Need, devices: Sequence[jax.Device], *, remedy: str = REMEDY) -> None:
   """Refuse a run that clearly does not fit, before hours are spent on it.
 
   Args:
     need: what `predict` said.
     devices: those of this process that the steps run on; the memory of CPUs is the host's, which they share.
+    remedy: what needs less, for the message.
 
   Raises:
-    KwjaxError: saying what is needed, what there is, and which options need less.
+    KwjaxError: saying what is needed, what there is, and what needs less.
   """
   host, device = available_on_host(), devices[0]
   stats = device.memory_stats() or {} if device.platform != "cpu" else {}
@@ -114,6 +113,5 @@ def check(need: Need, devices: Sequence[jax.Device]) -> None:
   for where, (wanted, left) in needs.items():
     if left is not None and wanted > left:
       raise KwjaxError(
-        f"this run needs about {wanted / 2**30:,.1f} GiB of memory, {where} has {left / 2**30:,.1f} GiB left: "
-        "choose a smaller --batch-size, --distill-batch-size or --images, or fewer --duplicates"
+        f"this run needs about {wanted / 2**30:,.1f} GiB of memory, {where} has {left / 2**30:,.1f} GiB left: {remedy}"
       )

@@ -1,53 +1,17 @@
-"""What a run would do and cost, for --dry-run: operations and bytes from the layers' shapes, time from a quick probe."""
+"""What the main job would do and cost, for --dry-run."""
 
 from __future__ import annotations
 
 import pathlib
-import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from experiments._harness.memory import Need
-from experiments._harness.options import Sizes
 from kwjax import intercept
+from kwjax.compression.settings import Sizes
 from kwjax.network import Network
+from kwjax.runtime.cost import EFFICIENCY, matmul_rate
+from kwjax.runtime.memory import Need
 from kwjax.synthesis import SynthesisConfig
-
-_EFFICIENCY = 0.3  # of a matrix product's rate; what whole networks reached on CPUs and GPUs
-
-
-def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
-  """Floating-point operations a second of a float32 matrix product on the default device, the best of a few."""
-  x = jnp.ones((size, size), jnp.float32)
-  product = jax.jit(lambda a: a @ a)
-  product(x).block_until_ready()
-  best = np.inf
-  for _ in range(repeats):
-    start = time.perf_counter()
-    product(x).block_until_ready()
-    best = min(best, time.perf_counter() - start)
-  return 2 * size**3 / best
-
-
-def estimate(network: Network, *, synthesized: int, trained: int, evaluated: int) -> str:
-  """A line about the time of some work, from the operations of the layers and the rate of a matrix product.
-
-  Args:
-    network: the float network.
-    synthesized: images times copies times steps of all syntheses.
-    trained: images times steps of all fine-tunings.
-    evaluated: images forwarded.
-  """
-  forward = 2 * sum(layer.multiplications for layer in intercept.layers(network))
-  # Backward to the images alone costs one more forward; the teacher, and backward to the weights, three more.
-  total = forward * (2 * synthesized + 4 * trained + evaluated)
-  rate = matmul_rate()
-  return (
-    f"time          about {total / (rate * _EFFICIENCY) / 60:.1f} minutes if convolutions reach {_EFFICIENCY:.0%} of the "
-    f"{rate / 1e9:.0f} GFLOP/s that a matrix product just reached here ({jax.devices()[0].device_kind}), and compilation"
-  )
 
 
 def describe(
@@ -66,7 +30,7 @@ def describe(
   # Backward to the images alone costs one more forward; backward to the weights as well costs two.
   synthesis = images * config.duplicates * config.steps * 2 * forward if config.is_optimized else 0
   runs = 2 * len(bits)
-  # The float network and every copy, the fine-tuned one among them, see each image once.
+  # The float network and every student, the fine-tuned one among them, see each image once.
   evaluation = forward * (3 * images + (images - chosen.images + labelled) * (runs + 2))
   distillation = chosen.distill_steps * chosen.distill_batch_size * 4 * forward
   rate = matmul_rate()
@@ -81,7 +45,7 @@ def describe(
       f"fine-tuning   {bits[-1]}: {chosen.distill_steps} steps of {chosen.distill_batch_size} images: "
       f"{distillation / 1e12:.2f} T operations",
       f"memory        about {need.device / 2**30:.1f} GiB on a device and {need.host / 2**30:.1f} GiB on the host at most",
-      f"time          about {total / (rate * _EFFICIENCY) / 60:.1f} minutes if convolutions reach {_EFFICIENCY:.0%} of the "
+      f"time          about {total / (rate * EFFICIENCY) / 60:.1f} minutes if convolutions reach {EFFICIENCY:.0%} of the "
       f"{rate / 1e9:.0f} GFLOP/s that a matrix product just reached here ({jax.devices()[0].device_kind}), "
       "plus a minute or two of compilation at the first run",
       f"results       {folder}",

@@ -1,4 +1,4 @@
-"""From numbers to the report of the main job: keys, tables, figures, sentences."""
+"""From the result of the main job to its report: keys, tables, figures, sentences."""
 
 from __future__ import annotations
 
@@ -9,89 +9,90 @@ from typing import Any, NamedTuple
 import matplotlib.image
 import numpy as np
 
-from experiments._harness.event_log import log_report
-from experiments._harness.options import Options
-from experiments._harness.scoring import is_closer
 from kwjax.analysis import figures
 from kwjax.analysis.class_balance import class_balance, class_labels
+from kwjax.analysis.scoring import Score, is_closer
+from kwjax.cli.options import Options
+from kwjax.compression import Compressed
+from kwjax.compression.workspace import is_small
 from kwjax.network import Network
-from kwjax.runtime.evaluate import wilson_interval
+from kwjax.quantization import QuantRules
+from kwjax.quantization.integer import representable_weights
+from kwjax.quantization.methods import Method
+from kwjax.runtime.evaluate import Accuracy, Agreement, wilson_interval
 from kwjax.runtime.report import Picture, Tile, command_line, complete, versions, write_report
 from kwjax.runtime.report_html import summary
 from kwjax.runtime.tensorboard import EventLog
-from kwjax.synthesis import TERMS, SampleSet, SynthesisConfig
-
-Score = Mapping[str, Any]
+from kwjax.synthesis import TERMS, SynthesisConfig
 
 
 class Facts(NamedTuple):
-  """What the report says about the protocol."""
+  """What the report is made of.
 
-  network: Network
+  Attributes:
+    options: the command line.
+    result: of the main job.
+    config: of the synthesis.
+    rules: of every precision.
+    method: of the calibration.
+    eval_name: of the labelled images, or None.
+    class_names: in the order of the logits, or None.
+    similarity: J_KL of every image set by name, or None.
+    answers: what the float network says of each image, see `kwjax.compression.images.answers`.
+  """
+
   options: Options
+  result: Compressed
   config: SynthesisConfig
-  rules: dict[str, str]
-  calibration: dict[str, int]
-  held_out: int
+  rules: Mapping[str, QuantRules]
+  method: Method
   eval_name: str | None
-  final_name: str
-  integers: str
-  class_names: list[str] | None = None
+  class_names: list[str] | None
+  similarity: Mapping[str, Any] | None
+  answers: Mapping[str, Any]
 
-
-def in_words(score: Score) -> str:
-  """A score in a line: accuracy where it was measured, agreement otherwise."""
-  parts = []
-  if score["accuracy"]:
-    parts.append(f"top-1 {score['accuracy']['top1']:.2%}")
-  for where, words in (("eval", "labelled images"), ("held_out", "held-out synthetic images")):
-    if score[where]:
-      parts.append(f"agrees with float on {score[where]['top1']:.1%} of {score[where]['count']} {words}")
-  return ", ".join(parts)
+  @property
+  def network(self) -> Network:
+    """The float network."""
+    return self.result.network
 
 
 def _result(score: Score, seed: int) -> dict[str, Any]:
-  accuracy = score["accuracy"] or {}
+  accuracy = score.accuracy
   return {
-    "top1": accuracy.get("top1"),
+    "top1": accuracy and accuracy.top1,
     "std": None,
     "seeds": [seed],
-    "top5": accuracy.get("top5"),
-    "count": accuracy.get("count"),
+    "top5": accuracy and accuracy.top5,
+    "count": accuracy and accuracy.count,
   }
 
 
 def _agreement(score: Score) -> dict[str, Any]:
   """Agreement on each set of images that there was."""
-  return {where: score[where] for where in ("held_out", "eval") if score[where] is not None}
+  found = score.to_json()
+  return {where: found[where] for where in ("held_out", "eval") if found[where] is not None}
 
 
-def build(
-  job: Facts,
-  samples: SampleSet,
-  similarity: Mapping[str, Any] | None,
-  float_result: Score,
-  scores: Mapping[str, Mapping[str, Score]],
-  tuned: Score | None,
-  answers: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def build(job: Facts) -> dict[str, Any]:
   """The content of report.json."""
+  result, similar = job.result, job.similarity or {}
   scheme, seed, lowest = job.config.scheme, job.options.seed, job.options.bits[-1]
+  scores, tuned, samples = result.calibrated, result.fine_tuned, result.images
   seconds = float(np.sum(samples.history["seconds"]))
   agreement = {bits: {data: _agreement(score) for data, score in row.items()} for bits, row in scores.items()}
   if tuned is not None:
     agreement[f"{lowest} fine-tuned"] = {scheme: _agreement(tuned)}
-  similar = similarity or {}
   return {
     "network": job.network.name,
     "protocol": _protocol(job),
     "seed": seed,
-    "float": float_result["accuracy"],
+    "float": result.float_score.to_json()["accuracy"],
     "jkl": {
       "start": similar.get("start", {}).get("jkl"),
       "final": similar.get(scheme, {}).get("jkl"),
       "per_layer": similar.get(scheme, {}).get("per_layer"),
-      "sets": similarity,
+      "sets": job.similarity,
     },
     "synthesis": {
       "images": len(samples.images),
@@ -104,71 +105,82 @@ def build(
     "agreement": agreement,
     "versions": versions(),
     "command": command_line(),
-    "classes": _classes(job, samples, answers) if answers else None,
-    **({"notes": notes} if (notes := _notes(job, scores, tuned)) else {}),
+    "classes": _classes(job),
+    **({"notes": notes} if (notes := _notes(lowest, scores[lowest][scheme], tuned)) else {}),
   }
 
 
-def _classes(job: Facts, samples: SampleSet, answers: Mapping[str, Any]) -> dict[str, Any]:
+def _classes(job: Facts) -> dict[str, Any]:
   """What the float network says of the images, by class."""
   objective = job.config.objective
   aimed = job.config.is_optimized and (objective.inception or objective.cross_entropy)
   found = class_balance(
-    np.asarray(answers["classes"]), job.network.num_classes, targets=samples.labels if aimed else None
+    np.asarray(job.answers["classes"]),
+    job.network.num_classes,
+    targets=job.result.images.labels if aimed else None,
   )
   return {
     "counts": found.named(job.class_names),
     "effective": found.effective,
-    "confidence": float(np.mean(answers["confidences"])),
+    "confidence": float(np.mean(job.answers["confidences"])),
     "aimed": found.aimed,
   }
 
 
-def _notes(job: Facts, scores: Mapping[str, Mapping[str, Score]], tuned: Score | None) -> list[str]:
-  """What a reader must not overlook: a fine-tuning that made the copy worse, by more than chance does, or is not kept."""
-  bits, before = job.options.bits[-1], scores[job.options.bits[-1]][job.config.scheme]
+def _notes(bits: str, before: Score, tuned: Score | None) -> list[str]:
+  """What a reader must not overlook: a fine-tuning that made the student worse, by more than chance does, or is not kept."""
   if tuned is None:
     return []
   notes = []
-  kind = "accuracy" if before["accuracy"] else "held_out"
-  if before[kind] is not None and tuned[kind] is not None:
-    (least, _), (_, most) = _interval(before[kind]), _interval(tuned[kind])
+  kind = "accuracy" if before.accuracy else "held_out"
+  first, then = getattr(before, kind), getattr(tuned, kind)
+  if first is not None and then is not None:
+    (least, _), (_, most) = _interval(first), _interval(then)
     if most < least:
       what = "top-1" if kind == "accuracy" else "agreement on the held-out images"
       notes.append(
-        f"Fine-tuning lowered the {what} of {bits} from {before[kind]['top1']:.2%} to {tuned[kind]['top1']:.2%}. More images, "
+        f"Fine-tuning lowered the {what} of {bits} from {first.top1:.2%} to {then.top1:.2%}. More images, "
         "more steps or a lower --distill-learning-rate may help."
       )
   if not is_closer(tuned, before):
+    assert tuned.held_out is not None
+    assert before.held_out is not None
     notes.append(
       f"The calibrated {bits} is the one that is saved: fine-tuning took its KL from the float network on the held-out images "
-      f"from {before['held_out']['kl']:.3g} to {tuned['held_out']['kl']:.3g} nats."
+      f"from {before.held_out.kl:.3g} to {tuned.held_out.kl:.3g} nats."
     )
   return notes
 
 
-def _interval(result: Mapping[str, Any]) -> tuple[float, float]:
+def _interval(found: Accuracy | Agreement) -> tuple[float, float]:
   """95 % interval of a fraction of images."""
-  return wilson_interval(round(result["top1"] * result["count"]), result["count"])
+  return wilson_interval(round(found.top1 * found.count), found.count)
 
 
 def _protocol(job: Facts) -> dict[str, Any]:
-  network, config = job.network, job.config
-  sets = ", ".join(f"{count} {data}" for data, count in job.calibration.items())
+  network, config, result = job.network, job.config, job.result
+  sets = ", ".join(f"{len(images)} {data}" for data, images in result.image_sets.items())
+  last = job.options.bits[-1]
+  final = result.students[last]
+  kind = "fine-tuned" if result.keeps_fine_tuned else "calibrated"
+  whole = f"{len(representable_weights(final))} of {len(job.rules[last].resolve(network))}"
+  method = job.method.describe()
+  rules = [", ".join([rule.describe(), *([method] if method else [])]) for rule in job.rules.values()]
   return {
     "teacher": f"{network.name}, float32, {network.source.get('file', 'weights of unknown origin')}",
     "weights sha256": network.source.get("sha256"),
-    "quantization": "; ".join(job.rules.values()),
+    "quantization": "; ".join(rules),
     "data used": "none: images come from the network itself"
     + (
       "" if job.options.real_data is None else f"; the rows 'real' are a comparison that uses {job.options.real_data}"
     ),
     "calibration images": sets,
-    "held-out images": f"{job.held_out} {config.scheme} images, used for agreement only; they favour {config.scheme}",
+    "held-out images": f"{len(result.images.images) - result.used} {config.scheme} images, used for agreement only; "
+    f"they favour {config.scheme}",
     "evaluation images": job.eval_name,
     "J_KL": "clean images, BatchNorm in evaluation mode, mean over layers of channel means, the input counted as a layer",
     "scheme": _scheme(config),
-    "saved network": f"{job.final_name}, {job.integers}",
+    "saved network": f"{final.name}, {kind}, {whole} layers with integer weights beside the float ones",
   }
 
 
@@ -189,65 +201,50 @@ def _scheme(config: SynthesisConfig) -> str:
   )
 
 
-def write(
-  folder: pathlib.Path,
-  *,
-  job: Facts,
-  samples: SampleSet,
-  similarity: Mapping[str, Any] | None,
-  float_result: Score,
-  scores: Mapping[str, Mapping[str, Score]],
-  tuned: Score | None,
-  answers: Mapping[str, Any] | None = None,
-  log: EventLog | None = None,
-) -> pathlib.Path:
+def write(folder: pathlib.Path, *, job: Facts, log: EventLog | None = None) -> pathlib.Path:
   """Write figures, report.json and report.html into a run's folder, and the gist into a TensorBoard log; returns the page."""
-  report = build(job, samples, similarity, float_result, scores, tuned, answers)
-  pictures = draw(folder / "figures", job, samples, similarity, scores, tuned)
+  report = build(job)
+  pictures = draw(folder / "figures", job)
   grid = figures.image_grid(
-    samples.images[: _shown(job)], folder / "figures" / "images.png", columns=8 if _is_small(job) else 4
+    job.result.images.images[: _shown(job)],
+    folder / "figures" / "images.png",
+    columns=8 if is_small(job.network) else 4,
   )
-  page = write_report(report, folder, figures=pictures, images=_tiles(job, samples, answers))
+  page = write_report(report, folder, figures=pictures, images=_tiles(job))
   if log is not None:
-    log_report(log, summary(complete(report)), report, matplotlib.image.imread(grid)[..., :3])
+    _log_report(log, summary(complete(report)), report, matplotlib.image.imread(grid)[..., :3])
   return page
 
 
-def _is_small(job: Facts) -> bool:
-  return job.network.image_shape[0] <= 64
+def _log_report(log: EventLog, summary: str, report: Mapping[str, Any], picture: np.ndarray) -> None:
+  """Write the run in a sentence, its protocol and command, and the image grid u8[h,w,3]."""
+  protocol = "\n".join(f"- **{name}**: {value}" for name, value in report["protocol"].items())
+  log.text("run/summary", summary)
+  log.text("run/protocol", f"{protocol}\n- **seed**: {report['seed']}\n\n`{report['command']}`")
+  log.image("run/images", picture)
 
 
 def _shown(job: Facts) -> int:
   """How many images the report shows."""
-  return 32 if _is_small(job) else 12
+  return 32 if is_small(job.network) else 12
 
 
-def _tiles(job: Facts, samples: SampleSet, answers: Mapping[str, Any] | None) -> list[Tile]:
+def _tiles(job: Facts) -> list[Tile]:
   """The first images, with the float network's answer and how sure it is."""
-  images = samples.images[: _shown(job)]
-  if answers is None:
-    return [Tile(image) for image in images]
   names = class_labels(job.network.num_classes, job.class_names)
-  found = zip(images, answers["classes"], answers["confidences"])
+  found = zip(job.result.images.images[: _shown(job)], job.answers["classes"], job.answers["confidences"])
   return [Tile(image, f"{names[answer]}, {confidence:.0%}") for image, answer, confidence in found]
 
 
-def draw(
-  folder: pathlib.Path,
-  job: Facts,
-  samples: SampleSet,
-  similarity: Mapping[str, Any] | None,
-  scores: Mapping[str, Mapping[str, Score]],
-  tuned: Score | None,
-) -> dict[str, Picture]:
+def draw(folder: pathlib.Path, job: Facts) -> dict[str, Picture]:
   """Accuracy or agreement by precision, J_KL curve, divergence by layer."""
   folder.mkdir(parents=True, exist_ok=True)
-  scheme = job.config.scheme
-  bars, label = _bars(job, scores, tuned)
+  scheme, samples, similarity = job.config.scheme, job.result.images, job.similarity
+  bars, label = _bars(job)
   pictures = {
     f"{label.removesuffix(' (%)')} by precision": Picture(
       figures.accuracy_bars(bars, folder / "precision.png", ylabel=label),
-      "Each group is a precision, each colour the images that the copy was calibrated with; the lines at the tops are "
+      "Each group is a precision, each colour the images that the student was calibrated with; the lines at the tops are "
       "95 % intervals.",
       "accuracy",
     )
@@ -272,19 +269,16 @@ def draw(
   return pictures
 
 
-def _bars(
-  job: Facts, scores: Mapping[str, Mapping[str, Score]], tuned: Score | None
-) -> tuple[dict[str, dict[str, tuple[float, float, float] | None]], str]:
-  rows = {bits: dict(row) for bits, row in scores.items()}
-  if tuned is not None:
-    rows[f"{job.options.bits[-1]} tuned"] = {job.config.scheme: tuned}
-  labelled = all(score["accuracy"] for row in rows.values() for score in row.values())
+def _bars(job: Facts) -> tuple[dict[str, dict[str, tuple[float, float, float] | None]], str]:
+  rows = {bits: dict(row) for bits, row in job.result.calibrated.items()}
+  if job.result.fine_tuned is not None:
+    rows[f"{job.options.bits[-1]} tuned"] = {job.config.scheme: job.result.fine_tuned}
+  labelled = all(score.accuracy for row in rows.values() for score in row.values())
   entry, label = ("accuracy", "top-1 (%)") if labelled else ("held_out", "agreement with float, held-out (%)")
 
   def bar(score: Score | None) -> tuple[float, float, float] | None:
-    if score is None or score[entry] is None:
-      return None
-    return (score[entry]["top1"], *_interval(score[entry]))
+    found = score and getattr(score, entry)
+    return (found.top1, *_interval(found)) if found else None
 
-  sources = list(next(iter(scores.values())))
+  sources = list(job.result.image_sets)
   return {bits: {data: bar(row.get(data)) for data in sources} for bits, row in rows.items()}, label

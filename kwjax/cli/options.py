@@ -1,24 +1,25 @@
-"""Command-line options of the main job, and what a preset fills in."""
+"""Command-line options of the main job, and what they mean for `kwjax.compress`."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import pathlib
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from kwjax.compression.plan import parse_rules
+from kwjax.compression.settings import PUBLISHED, FineTuning, Preset, Sizes, sizes_for, synthesis_config
 from kwjax.errors import KwjaxError
-from kwjax.intercept import batch_norm_layers
-from kwjax.network import Network, fingerprint
-from kwjax.runtime.files import canonical_json, sha256_file
-from kwjax.synthesis import PAPER_ROWS, SynthesisConfig
+from kwjax.network import Network
+from kwjax.quantization import QuantRules
+from kwjax.quantization.methods import METHODS, Method
+from kwjax.synthesis import SynthesisConfig
 
 ByPreset = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by --preset)")]
+REMEDY = "choose a smaller --batch-size, --distill-batch-size or --images, or fewer --duplicates"
 Scheme = Literal["bns", "inception", "bns+inception", "deepinversion", "gaussian"]
-Preset = Literal["cpu", "paper", "smoke"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +40,14 @@ class Options:
   """Precision of the first convolution and of the classifier; `none` treats them like the rest."""
   overrides: tuple[str, ...] = ()
   """Exceptions to --bits, each PATTERN=BITS: a layer path, a regular expression, or `1x1` (1x1=8w8a)."""
-  weight_reading: Literal["integer", "auto", "affine", "affine0", "sym", "symfull", "midrise"] | None = None
-  """Grid of the weights. integer: affine0 from 4 bits on, symfull below; such copies are saved and exported as integers. auto:
+  weight_scheme: Literal["integer", "auto", "affine", "affine0", "sym", "symfull", "midrise"] | None = None
+  """Grid of the weights. integer: affine0 from 4 bits on, symfull below; such students are saved and exported as integers. auto:
   affine instead of affine0, the paper's, which has no integer form. Default: auto under --calibration paper, else integer."""
   calibration: Literal["best", "paper"] | None = None
-  """best: what made the best copies without data (docs/results.md): weight ranges of least squared error from 3 bits on, and the
-  moments of all channels brought back to the float network's. paper: extremes alone. Default: paper under --preset paper, else
-  best."""
-  range_reading: Literal["sample", "chunk", "percentile", "mse", "entropy"] | None = None
+  """best: what made the best students without data (docs/results.md): weight ranges of least squared error from 3 bits on,
+  and the moments of all channels brought back to the float network's. paper: extremes alone. Default: paper under --preset
+  paper, else best."""
+  range_method: Literal["sample", "chunk", "percentile", "mse", "entropy"] | None = None
   """Activation ranges: the mean over samples of each one's extremes, or over chunks of 16 of the chunk's; or, of all values,
   99.99 %, the range of least squared error, or of least KL. Default: by --calibration."""
   weight_range: Literal["minmax", "mse"] | None = None
@@ -72,7 +73,7 @@ class Options:
   """Images a fine-tuning step."""
   distill_learning_rate: float | None = None
   """Peak learning rate of the fine-tuning. Default: 0.1 under --preset paper, which takes 16,000 steps and more; else 0.0001
-  where corrected moments have brought the copy near the float network (within 1 nat on the held-out images), 0.001 with
+  where corrected moments have brought the student near the float network (within 1 nat on the held-out images), 0.001 with
   Gaussian images, BatchNorm's statistics frozen in both cases, and 0.01 otherwise."""
   eval_data: str | None = None
   """Labelled images to evaluate on, used for nothing else: zip or folder of CLASS_*.jpg, class folders, .npz, tfds:NAME."""
@@ -112,32 +113,6 @@ class Options:
     return None if self.first_last in (None, "none") else self.first_last
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-  """How much of everything; what a preset fills in."""
-
-  images: int
-  held_out: int
-  steps: int
-  batch_size: int
-  duplicates: int
-  distill_steps: int
-  distill_batch_size: int
-  calibration_steps: int
-  calibration_batch: int
-
-
-_PRESETS: dict[tuple[str, bool], Sizes] = {
-  # (preset, whether images are small): CIFAR-sized networks and ImageNet-sized ones
-  ("cpu", True): Sizes(384, 128, 120, 128, 1, 120, 64, 200, 256),
-  ("cpu", False): Sizes(40, 24, 60, 32, 1, 40, 16, 200, 256),
-  ("paper", True): Sizes(500, 125, 1000, 800, 4, 16000, 256, 200, 256),
-  ("paper", False): Sizes(10000, 2500, 1000, 80, 4, 44000, 256, 200, 256),
-  ("smoke", True): Sizes(8, 2, 3, 10, 1, 2, 4, 2, 16),
-  ("smoke", False): Sizes(3, 1, 2, 4, 1, 1, 2, 2, 16),
-}
-
-
 def check_numbers(options: Options) -> None:
   """Refuse numbers that would stop the run only when their stage begins.
 
@@ -155,6 +130,11 @@ def check_numbers(options: Options) -> None:
     raise KwjaxError(f"--distill-learning-rate must be a positive number, found {rate}")
 
 
+def option_name(field: str) -> str:
+  """What a field is called on the command line."""
+  return f"--{field.replace('_', '-')}"
+
+
 def sizes(options: Options, network: Network) -> Sizes:
   """What the preset says for this network, with the options that were given put in its place.
 
@@ -162,105 +142,93 @@ def sizes(options: Options, network: Network) -> Sizes:
     KwjaxError: a number is out of range.
   """
   check_numbers(options)
-  base = _PRESETS[options.preset, network.image_shape[0] <= 64]
-  given = {
-    field.name: value
-    for field in dataclasses.fields(Sizes)
-    if (value := getattr(options, field.name, None)) is not None
-  }
-  for name, value in given.items():
-    least = 0 if name in ("distill_steps", "steps") else 1
-    if value < least:
-      raise KwjaxError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
-  return dataclasses.replace(base, **given)
+  return sizes_for(network, options.preset, _given(options, Sizes), spell=option_name)
 
 
-def synthesis_config(options: Options, network: Network, chosen: Sizes) -> SynthesisConfig:
+def config_of(options: Options, network: Network, chosen: Sizes) -> SynthesisConfig:
   """Settings of the synthesis: published ones under --preset paper, else the project's defaults at the chosen size.
 
   Raises:
     KwjaxError: there are no published settings for this network's architecture.
   """
-  if options.scheme == "gaussian":
-    return SynthesisConfig.preset("gaussian")
-  if options.preset == "paper":
-    row = next((row for row in PAPER_ROWS if network.arch and row.startswith(network.arch + "_")), None)
-    small, large = "resnet44_cifar10", "resnet18_imagenet"
-    config = SynthesisConfig.preset(options.scheme, row or (small if network.image_shape[0] <= 64 else large))
-    if options.steps is not None:
-      config = config.with_steps(options.steps)
-    changes = {name: value for name in ("batch_size", "duplicates") if (value := getattr(options, name)) is not None}
-    return config.replace(**changes)
-  config = SynthesisConfig.for_network(options.scheme, min(network.image_shape[:2]))
-  config = config.with_steps(chosen.steps).replace(batch_size=chosen.batch_size, duplicates=chosen.duplicates)
-  if not config.objective.needs_statistics and batch_norm_layers(network):
-    # Scheme I does not optimize J_KL, but how it moves all the same is worth seeing.
-    return config.replace(objective=dataclasses.replace(config.objective, monitor=("bns",)))
-  return config
+  given = {name: n for name, n in _given(options, Sizes).items() if name in ("steps", "batch_size", "duplicates")}
+  return synthesis_config(network, options.scheme, chosen, preset=options.preset, given=given)
 
 
-def class_names(options: Options, network: Network) -> list[str] | None:
-  """Names of the network's classes, from --class-names or from `class_names.txt` in the folder of --network; or None.
+def fine_tuning_of(options: Options, chosen: Sizes) -> FineTuning:
+  """Settings of the fine-tuning, as far as the command line decides them."""
+  published = options.preset == PUBLISHED
+  return FineTuning(
+    chosen.distill_steps,
+    chosen.distill_batch_size,
+    options.distill_learning_rate,
+    published=published,
+    scales_warmup=not published or options.distill_steps is not None,
+  )
+
+
+def calibration_of(options: Options) -> str:
+  """--calibration, by default the paper's under --preset paper, else the best."""
+  return options.calibration or ("paper" if options.preset == PUBLISHED else "best")
+
+
+def weight_scheme_of(options: Options) -> str:
+  """--weight-scheme, by default the paper's where its calibration is taken, else one that integer kernels can run."""
+  return options.weight_scheme or ("auto" if calibration_of(options) == "paper" else "integer")
+
+
+def method_of(options: Options, chosen: Sizes | None = None) -> Method:
+  """What --calibration says, with the options that were given put in its place.
+
+  Args:
+    options: the command line.
+    chosen: numbers of draws; None: those of the method.
+  """
+  correction = options.correction
+  given: dict[str, Any] = {
+    "ranges": options.range_method,
+    "weights_range": options.weight_range,
+    "corrects_bias": None if correction is None else correction != "none",
+    "corrects_variance": None if correction is None else correction == "moments",
+    "equalizes": options.equalize,
+    "steps": chosen and chosen.calibration_steps,
+    "batch_size": chosen and chosen.calibration_batch,
+  }
+  return METHODS[calibration_of(options)]._replace(**{name: v for name, v in given.items() if v is not None})
+
+
+def overrides_of(options: Options) -> list[tuple[str, str]]:
+  """--overrides as pairs of a pattern and bits.
 
   Raises:
-    KwjaxError: the file cannot be read, is not text, has an empty line, or not one line a class.
+    KwjaxError: one does not have that form.
   """
-  path = options.class_names
-  if path is None:
-    path = options.network / "class_names.txt" if options.network is not None else None
-    if path is None or not path.is_file():
-      return None
-  try:
-    lines = path.read_text(encoding="utf-8").splitlines()
-  except OSError as error:
-    raise KwjaxError(f"--class-names: {path} cannot be read: {error.strerror or error}") from error
-  except UnicodeDecodeError as error:
-    raise KwjaxError(f"--class-names: {path} is not UTF-8 text") from error
-  names = [line.strip() for line in lines]
-  empty = [number for number, name in enumerate(names, 1) if not name]
-  if len(names) != network.num_classes:
-    raise KwjaxError(
-      f"--class-names: {path} has {len(names)} lines, but {network.name} has {network.num_classes} classes: one name a line"
-    )
-  if empty:
-    raise KwjaxError(f"--class-names: line {empty[0]} of {path} is empty: one name a line")
-  return names
+  found = []
+  for text in options.overrides:
+    pattern, separator, bits = text.rpartition("=")
+    if not separator:
+      raise KwjaxError(f"--overrides takes PATTERN=BITS such as 1x1=8w8a, found {text!r}")
+    found.append((pattern, bits))
+  return found
 
 
-def run_folder(name: str, options: Options, network: Network) -> pathlib.Path:
-  """--workdir, or a folder whose name derives from everything that changes the result.
+def rules_of(options: Options, network: Network) -> dict[str, QuantRules]:
+  """Rules of every requested precision, checked against the network's layers.
 
-  The same command therefore resumes its own run, and another command never meets it.
+  Raises:
+    KwjaxError: no precision is given, one is malformed or given twice.
   """
-  if options.workdir is not None:
-    return options.workdir
-  digest = hashlib.sha256(canonical_json(result_settings(options, network)).encode()).hexdigest()[:8]
-  return pathlib.Path("runs") / f"{name}-{network.name}-{options.scheme}-seed{options.seed}-{digest}"
+  return parse_rules(
+    network,
+    options.bits,
+    method=method_of(options),
+    first_last=options.first_last_bits(),
+    overrides=overrides_of(options),
+    weights=weight_scheme_of(options),
+  )
 
 
-def result_settings(options: Options, network: Network) -> dict[str, Any]:
-  """The options that the results depend on."""
-  without_effect = {
-    "workdir",
-    "resume",
-    "dry_run",
-    "network",
-    "weights",
-    "devices",
-    "coordinator",
-    "num_processes",
-    "process_id",
-    "checkpoint_seconds",
-    "checkpoint_steps",
-    "class_names",
-    "tensorboard",
-  }
-  settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in without_effect}
-  data = {name: _content(settings[name]) for name in ("eval_data", "real_data")}
-  return {**settings, "network": fingerprint(network), "data": data}
-
-
-def _content(spec: str | None) -> str | None:
-  """A checksum of the file that a data set is in, so that results on another content are not taken for its own."""
-  path = pathlib.Path((spec or "").removesuffix(":train").removesuffix(":test"))
-  return sha256_file(path)[:16] if spec and path.is_file() else None
+def _given(options: Options, fields_of: type) -> dict[str, int]:
+  """The options that were given among the fields of a dataclass."""
+  found = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(fields_of)}
+  return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,1 @@
+"""The command `kwjax`; needs the extra `cli`."""

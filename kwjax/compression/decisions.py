@@ -1,0 +1,149 @@
+"""What a compression decided, and why: plain sentences with the numbers they rest on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from kwjax.analysis.scoring import Score, is_closer
+from kwjax.distillation import DistillConfig
+from kwjax.network import Network
+from kwjax.quantization import QuantRules
+from kwjax.quantization.methods import Method
+from kwjax.synthesis import SampleSet, SynthesisConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+  """One choice of a compression.
+
+  Attributes:
+    about: what was decided, such as "fine-tuning of 4w4a".
+    choice: what was done, as a sentence.
+    reason: why, as a sentence.
+    numbers: what the reason rests on, by name.
+  """
+
+  about: str
+  choice: str
+  reason: str
+  numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  def __str__(self) -> str:
+    return f"{self.about}: {self.choice} {self.reason}"
+
+
+def about_images(samples: SampleSet, config: SynthesisConfig | None, used: int) -> Decision:
+  """Which images the students are calibrated with.
+
+  Args:
+    samples: all of them.
+    config: how they were made; None: they were given.
+    used: how many of them; the others are held out.
+  """
+  held_out = len(samples.images) - used
+  choice = f"{used} images calibrate and fine-tune, {held_out} more are held out to measure agreement."
+  numbers: dict[str, float] = {"used": used, "held_out": held_out}
+  if config is None:
+    return Decision("images", choice, "The images were given.", numbers)
+  reason = f"No images were given, so they come from the network itself (scheme {config.scheme})."
+  if "jkl" in samples.history and samples.history["jkl"].shape[1] > 1:
+    curve = samples.history["jkl"].mean(0)
+    numbers |= {"jkl_start": float(curve[0]), "jkl_end": float(curve[-1])}
+    reason += f" J_KL went from {curve[0]:.3g} to {curve[-1]:.3g} in {len(curve)} steps."
+  return Decision("images", choice, reason, numbers)
+
+
+def about_calibration(
+  rules: QuantRules, method: Method, network: Network, equalized_pairs: int | None
+) -> list[Decision]:
+  """How a precision is calibrated.
+
+  Args:
+    rules: of the precision, with the method's ranges.
+    method: of the calibration.
+    network: the float network.
+    equalized_pairs: pairs of layers whose scales were equalized; None: equalization was not asked for.
+  """
+  name = str(rules.bits)
+  found = []
+  schemes = sorted({rule.weight_scheme for rule in rules.resolve(network).values() if rule.weight_scheme})
+  if schemes:
+    runs = "affine" not in schemes
+    found.append(
+      Decision(
+        f"weights of {name}",
+        f"Weight scheme {' and '.join(schemes)}.",
+        "Integer kernels can run it." if runs else "It has a real zero point, so integer kernels cannot run it.",
+      )
+    )
+    found.append(_about_weight_ranges(name, rules, method))
+  found.append(
+    Decision(f"activations of {name}", f"Ranges by the method {rules.ranges!r}.", "They stay as they are from then on.")
+  )
+  if equalized_pairs is not None:
+    found.append(
+      Decision(
+        f"equalization of {name}",
+        f"The scales of {equalized_pairs} pairs of layers were equalized.",
+        "It was asked for; it changes nothing in float.",
+        {"pairs": equalized_pairs},
+      )
+    )
+  if method.corrects_bias:
+    what = "means and variances" if method.corrects_variance else "means"
+    choice, reason = f"The {what} of all channels are corrected.", "They match the float network's on the images again."
+  else:
+    choice, reason = "The moments of the channels are not corrected.", "The method leaves them as they are."
+  found.append(Decision(f"correction of {name}", choice, reason))
+  return found
+
+
+def _about_weight_ranges(name: str, rules: QuantRules, method: Method) -> Decision:
+  numbers = {} if rules.bits.weights is None else {"weight_bits": float(rules.bits.weights)}
+  least_error = rules.weights_range == "mse"
+  choice = (
+    "Weight ranges of least squared error." if least_error else "Weight ranges from the least to the largest weight."
+  )
+  if method.weights_range != "by-bits":
+    reason = "The method says so for all bits."
+  elif least_error:
+    reason = "From 3 bits on leaving the largest weights out gains more than it loses."
+  else:
+    reason = "Below 3 bits leaving the largest weights out loses more than it gains."
+  return Decision(f"weight ranges of {name}", choice, reason, numbers)
+
+
+def about_fine_tuning(bits: str, config: DistillConfig | None, *, near: bool, calibrated: Score) -> Decision:
+  """How the last precision is fine-tuned.
+
+  Args:
+    bits: the precision.
+    config: of the fine-tuning; None: there is none.
+    near: whether the calibrated student counts as near the float network.
+    calibrated: its score.
+  """
+  about = f"fine-tuning of {bits}"
+  if config is None:
+    return Decision(about, "It is left out.", "Its number of steps is 0 or it was not asked for.")
+  statistics = "stay as they are" if config.batch_norm == "frozen" else "follow the batches"
+  choice = f"{config.steps} steps at a learning rate of {config.learning_rate:g}; BatchNorm's statistics {statistics}."
+  if calibrated.held_out is None:
+    return Decision(about, choice, "No image is held out to tell how near the calibrated student is.")
+  distance = "near" if near else "far from"
+  kl = calibrated.held_out.kl
+  reason = f"The calibrated student counts as {distance} the float network: KL {kl:.3g} nats on the held-out images."
+  return Decision(about, choice, reason, {"kl": kl})
+
+
+def about_kept(bits: str, calibrated: Score, tuned: Score) -> Decision:
+  """Which student of the last precision is kept: the calibrated or the fine-tuned one."""
+  kept = is_closer(tuned, calibrated)
+  choice = "The fine-tuned student is kept." if kept else "The calibrated student is kept."
+  if calibrated.held_out is None or tuned.held_out is None:
+    return Decision(f"student of {bits}", choice, "No image is held out, so nothing speaks against it.")
+  before, after = calibrated.held_out.kl, tuned.held_out.kl
+  reason = (
+    f"Fine-tuning took its KL from the float network on the held-out images from {before:.3g} to {after:.3g} nats."
+  )
+  return Decision(f"student of {bits}", choice, reason, {"kl_calibrated": before, "kl_fine_tuned": after})
