@@ -16,7 +16,7 @@ from jax import export
 from kwjax import kernels
 from kwjax.errors import KwjaxError, WeightsError
 from kwjax.export.trace import float_network, weights_of
-from kwjax.network import Array, Network
+from kwjax.network import ApplyFn, Array, Network
 from kwjax.quantization.integer import QTensor
 from kwjax.quantization.wrap import QuantizedNetwork, quantize_inputs
 
@@ -121,7 +121,7 @@ def _forward(
 ) -> tuple[Network, Callable[[Array], Array], dict[str, list[str]]]:
   """The forward pass as a function of the images, with the kernels of the quantized network."""
   base, weights = float_network(network), weights_of(network)
-  apply = base.forward
+  apply: ApplyFn = base.forward
   if isinstance(network, QuantizedNetwork):
     apply = quantize_inputs(apply, base, network.rules, network.ranges)
 

@@ -70,7 +70,7 @@ def _asked_for() -> str:
 
 
 def _platform() -> str:
-  device = jax.config.jax_default_device
+  device = jax.config.jax_default_device  # type: ignore[attr-defined]  # JAX makes it at run time
   if device is None:
     return jax.default_backend()
   return device if isinstance(device, str) else device.platform

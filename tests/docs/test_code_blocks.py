@@ -1,8 +1,8 @@
 """The code of README.md and of the documentation: Python blocks run, commands have the modules and options they name.
 
 A page is a program: its ```python blocks run in order in one namespace, in a folder of their own that holds what pages take as
-given (small networks under the names that the pages use). `kwjax.synthesize` and `kwjax.distill` do two steps on a few images,
-whatever the page asks for. What a page needs besides stands in it, unseen by readers:
+given (small networks under the names that the pages use). `kwjax.synthesize`, `kwjax.distill` and `kwjax.compress` do two
+steps on a few images, whatever the page asks for. What a page needs besides stands in it, unseen by readers:
 
     <!-- test
     np.savez("check.npz", ...)
@@ -85,7 +85,14 @@ def _short_distillation(student: Any, teacher: Any, images: Any, config: kwjax.D
   return _distill(student, teacher, images, short, **options)
 
 
-_synthesize, _distill = kwjax.synthesize, kwjax.distill
+def _short_compress(network: Any, *args: Any, **options: Any) -> Any:
+  config = kwjax.SynthesisConfig.for_network("bns", image_size=_SHAPE[0]).with_steps(_STEPS)
+  config = config.replace(batch_size=_IMAGES, init="uniform")
+  short = {"config": config, "num_images": _IMAGES, "held_out": _IMAGES, "finetune": False, "progress": False}
+  return _compress(network, *args, **{**options, **short})
+
+
+_synthesize, _distill, _compress = kwjax.synthesize, kwjax.distill, kwjax.compress
 
 
 @pytest.fixture
@@ -97,6 +104,7 @@ def workplace(given: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.M
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
   monkeypatch.setattr(kwjax, "synthesize", _short_synthesis)
   monkeypatch.setattr(kwjax, "distill", _short_distillation)
+  monkeypatch.setattr(kwjax, "compress", _short_compress)
   tables: tuple[dict[str, Any], ...] = (registry._TABLE, OWN_SCHEMES, WEIGHT_SCHEMES)
   kept = [dict(table) for table in tables]
   info = ModelInfo(_ARCH, "small", _SHAPE, 10, (0.5,) * 3, (0.25,) * 3, 0.9, 1e-5, "for the pages")
