@@ -79,7 +79,7 @@ def measure(size: int, batch: int, repeats: int) -> dict[str, float]:
     batch: distinct images a step.
     repeats: steps of each.
   """
-  from experiments._harness.common import every_device
+  from kwjax.cli.command import every_device
 
   spec = {"image_size": size, "batch": batch, "duplicates": 1}
   modules = {"own": get_model("mobilenet_v2"), "foreign": ForeignMobileNet()}
@@ -101,7 +101,8 @@ def measure(size: int, batch: int, repeats: int) -> dict[str, float]:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Command line; returns the exit status."""
-  from experiments._harness.common import keep_freed_memory, use_compilation_cache, use_every_core
+  from kwjax.cli.command import use_compilation_cache, use_every_core
+  from kwjax.runtime.launch import keep_freed_memory
 
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="default: %(default)s")
