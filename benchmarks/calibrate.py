@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.torch_networks import import_torch
 from kwjax.network import Network
-from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.devices.parallel import DeviceGroup
 
 _BATCH = 64  # what `kwjax.calibrate` forwards at a time
 

@@ -21,7 +21,7 @@ from benchmarks import harness
 from benchmarks.calibrate import noise_images, torch_observer
 from benchmarks.torch_networks import import_torch
 from kwjax.network import Network
-from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.devices.parallel import DeviceGroup
 
 _CALIBRATION_IMAGES = 8
 
@@ -45,7 +45,7 @@ def build(name: str, arguments: argparse.Namespace) -> harness.Spec:
 def prepare_kwjax(spec: harness.Spec, teacher: Network, group: DeviceGroup) -> Callable[[], None]:
   """A function that runs one step and waits for it."""
   from kwjax.distillation import distill_step, initial_state
-  from kwjax.runtime.parallel import padding_weights
+  from kwjax.runtime.devices.parallel import padding_weights
 
   config, batch = _config(spec), spec["batch"]
   state = group.replicate(initial_state(kwjax_student(spec, teacher), config))

@@ -102,7 +102,7 @@ def measure(size: int, batch: int, repeats: int) -> dict[str, float]:
 def main(args: Sequence[str] | None = None) -> int:
   """Command line; returns the exit status."""
   from kwjax.cli.command import use_compilation_cache, use_every_core
-  from kwjax.runtime.launch import keep_freed_memory
+  from kwjax.runtime.devices.launch import keep_freed_memory
 
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="default: %(default)s")

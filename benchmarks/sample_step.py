@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.torch_networks import import_torch
 from kwjax.network import Network
-from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.devices.parallel import DeviceGroup
 
 
 def build(name: str, arguments: argparse.Namespace) -> harness.Spec:

@@ -58,7 +58,7 @@ def prepare(name: str, batch: int, devices: int) -> tuple[Callable[[], None], Co
 
   from kwjax.models import get_model, model_info
   from kwjax.network import Network
-  from kwjax.runtime.parallel import device_group
+  from kwjax.runtime.devices.parallel import device_group
   from kwjax.synthesis import SynthesisConfig
   from kwjax.synthesis.pixels import initial_images, initial_state
   from kwjax.synthesis.synthesize import compiled_step

@@ -29,9 +29,9 @@ from benchmarks.quality_curves import DEFAULT, PAPER, Point, Run, plot, reached,
 from kwjax.analysis.similarity import measure
 from kwjax.errors import KwjaxError
 from kwjax.network import Network
+from kwjax.runtime.devices.launch import keep_freed_memory
+from kwjax.runtime.devices.parallel import device_group
 from kwjax.runtime.files import write_json
-from kwjax.runtime.launch import keep_freed_memory
-from kwjax.runtime.parallel import device_group
 from kwjax.synthesis import Augmentation, SynthesisConfig
 from kwjax.synthesis.pixels import initial_images, initial_state
 from kwjax.synthesis.synthesize import compiled_step

@@ -78,7 +78,7 @@ def main() -> None:
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)  # what libraries print must not look like an answer
   from kwjax.cli.command import use_compilation_cache, use_every_core
-  from kwjax.runtime.launch import keep_freed_memory
+  from kwjax.runtime.devices.launch import keep_freed_memory
 
   # Both sides run with the same allocator settings.
   keep_freed_memory()

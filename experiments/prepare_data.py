@@ -31,8 +31,8 @@ from experiments._harness.archives.recipe import Opened, Records, Source
 from kwjax.cli.arguments import parse
 from kwjax.cli.command import run_command
 from kwjax.errors import DataError
-from kwjax.runtime.messages import log
-from kwjax.runtime.tfds_writer import DataSetInfo, SplitExamples, is_data_set, temporary_folder, write_tfds
+from kwjax.runtime.data.tfds_writer import DataSetInfo, SplitExamples, is_data_set, temporary_folder, write_tfds
+from kwjax.runtime.reporting.messages import log
 
 _ALIASES = {"imagenet": "imagenet2012", "svhn": "svhn_cropped", "fashion-mnist": "fashion_mnist"}
 # A checksum of more would take longer than a minute; then the size must do.

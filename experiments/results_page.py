@@ -29,7 +29,7 @@ from kwjax.cli.arguments import parse
 from kwjax.cli.command import run_command
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import atomic_write
-from kwjax.runtime.messages import log
+from kwjax.runtime.reporting.messages import log
 
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")]
 Folders = Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FOLDER")]

@@ -37,13 +37,13 @@ from kwjax.cli.command import in_workdir, run_command, start
 from kwjax.errors import KwjaxError
 from kwjax.models import get_model, model_info
 from kwjax.network import Network, save_network
-from kwjax.runtime import processes
-from kwjax.runtime.data import ImageData, load_data
+from kwjax.runtime.data.images import ImageData, load_data
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.parallel import DeviceGroup
 from kwjax.runtime.evaluate import evaluate, wilson_interval
 from kwjax.runtime.loop import History
-from kwjax.runtime.messages import log
-from kwjax.runtime.parallel import DeviceGroup
-from kwjax.runtime.report import command_line, versions, write_report
+from kwjax.runtime.reporting.messages import log
+from kwjax.runtime.reporting.report import command_line, versions, write_report
 from kwjax.runtime.result_store import ResultStore
 from kwjax.runtime.workdir import Shutdown
 from kwjax.training import TrainConfig, initial_variables, train_with_history

@@ -8,7 +8,7 @@ import runpy
 
 
 def relaunch_with_huge_pages() -> None:
-  """See `kwjax.runtime.launch`, whose file is run by itself: importing it as part of kwjax would bring JAX."""
+  """See `kwjax.runtime.devices.launch`, whose file is run by itself: importing it as part of kwjax would bring JAX."""
   package = importlib.util.find_spec("kwjax")
   assert package is not None
   assert package.origin is not None

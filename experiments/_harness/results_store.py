@@ -15,7 +15,7 @@ from experiments._harness.results_merge import merged
 from experiments._harness.tables import PERCENT, Entry, Results, Table
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import write_json
-from kwjax.runtime.report import network_name
+from kwjax.runtime.reporting.report import network_name
 
 SECTIONS = {
   "table1_ablation": "Table 1: intermediate losses and mixup, by number of samples",

@@ -27,9 +27,9 @@ from kwjax.cli.options import REMEDY, sizes
 from kwjax.compression.workspace import Workspace
 from kwjax.errors import CheckpointError, KwjaxError
 from kwjax.network import Network
-from kwjax.runtime import memory, processes
+from kwjax.runtime.devices import memory, processes
 from kwjax.runtime.files import read_sealed_json
-from kwjax.runtime.messages import log
+from kwjax.runtime.reporting.messages import log
 from kwjax.runtime.result_store import ResultStore
 from kwjax.runtime.workdir import Shutdown
 

@@ -12,9 +12,9 @@ from experiments._harness.tables import PERCENT, Entry, Results, Table, as_json,
 from kwjax.analysis import figures
 from kwjax.compression.workspace import Workspace
 from kwjax.network import fingerprint
-from kwjax.runtime import processes
-from kwjax.runtime.messages import log
-from kwjax.runtime.report import Picture, command_line, versions, write_report
+from kwjax.runtime.devices import processes
+from kwjax.runtime.reporting.messages import log
+from kwjax.runtime.reporting.report import Picture, command_line, versions, write_report
 
 if TYPE_CHECKING:
   from experiments._harness.study import Study

@@ -52,9 +52,9 @@ from kwjax.quantization import Allocation, QuantRules, Sensitivity, allocate_fro
 from kwjax.quantization.allocate import CANDIDATES, Budget
 from kwjax.quantization.methods import BEST, PAPER, Method
 from kwjax.runtime import cost
-from kwjax.runtime.data import ImageData
-from kwjax.runtime.messages import log
-from kwjax.runtime.report import Picture
+from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.reporting.messages import log
+from kwjax.runtime.reporting.report import Picture
 
 EQUAL, BY_LAYER = "equal", "by layer"
 _PAPERS = ", paper"

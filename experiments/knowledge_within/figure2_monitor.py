@@ -45,7 +45,7 @@ from kwjax.cli.options import config_of
 from kwjax.compression.images import make_images
 from kwjax.compression.workspace import SYNTHESIS_KEY, Workspace, stream_key
 from kwjax.runtime import cost
-from kwjax.runtime.messages import log
+from kwjax.runtime.reporting.messages import log
 from kwjax.synthesis import SynthesisConfig
 
 START, LOWEST, LOWEST_AT, LAST = "start", "lowest", "lowest at step", "last"

@@ -58,8 +58,8 @@ from kwjax.distillation import DistillConfig
 from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantRules
 from kwjax.runtime import cost
-from kwjax.runtime.data import ImageData
-from kwjax.runtime.messages import log
+from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.reporting.messages import log
 from kwjax.synthesis import SynthesisConfig
 
 BY_NUMBER = ("KD-bns", "KD-real")

@@ -44,7 +44,8 @@ from kwjax.cli.command import run_command
 from kwjax.compression.images import make_images, similarity
 from kwjax.compression.workspace import GAUSSIAN, GAUSSIAN_KEY, REAL, REAL_KEY, SYNTHESIS_KEY, Workspace, stream_key
 from kwjax.errors import KwjaxError
-from kwjax.runtime import cost, processes
+from kwjax.runtime import cost
+from kwjax.runtime.devices import processes
 from kwjax.runtime.evaluate import predict
 from kwjax.synthesis import SynthesisConfig
 

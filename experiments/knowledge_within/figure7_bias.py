@@ -48,7 +48,8 @@ from kwjax.analysis.bias import class_mass, evenness, tail_share
 from kwjax.cli.arguments import parse
 from kwjax.cli.command import run_command
 from kwjax.compression.workspace import GAUSSIAN, REAL, Workspace
-from kwjax.runtime import cost, processes
+from kwjax.runtime import cost
+from kwjax.runtime.devices import processes
 from kwjax.runtime.evaluate import predict
 
 CHANCE = "chance"

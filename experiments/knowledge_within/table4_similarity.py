@@ -77,7 +77,8 @@ from kwjax.cli.arguments import parse
 from kwjax.cli.command import run_command
 from kwjax.compression.workspace import Workspace
 from kwjax.errors import KwjaxError
-from kwjax.runtime import cost, memory
+from kwjax.runtime import cost
+from kwjax.runtime.devices import memory
 
 _JKL, _RATIO = "Table 4: J_KL of data sets", "Table 7: J_KL of data sets over that of the training data"
 PAPER = {TRAIN: 0.023, "cifar100": 0.022, "mnist": 0.151, "svhn": 0.182, "stl10": 0.031, RANDOM: 0.498, FGSM: 0.075}

@@ -55,8 +55,9 @@ from kwjax.compression.images import similarity
 from kwjax.compression.workspace import Workspace
 from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantRules
-from kwjax.runtime import cost, processes
-from kwjax.runtime.forwarding import forward_rows
+from kwjax.runtime import cost
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.forwarding import forward_rows
 from kwjax.synthesis.objective import smoothness_prior
 
 SCHEMES = ("inception", "bns+inception")

@@ -55,8 +55,8 @@ from kwjax.cli.command import run_command
 from kwjax.compression.workspace import REAL, Workspace
 from kwjax.errors import KwjaxError
 from kwjax.runtime import cost
-from kwjax.runtime.messages import log
-from kwjax.runtime.report import Picture
+from kwjax.runtime.reporting.messages import log
+from kwjax.runtime.reporting.report import Picture
 
 RUNNING, CURRENT = "running", "current"
 _PATTERNS = {RUNNING: (), CURRENT: (".*",)}

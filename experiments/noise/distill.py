@@ -61,8 +61,8 @@ from kwjax.distillation import DistillConfig
 from kwjax.errors import KwjaxError
 from kwjax.network import fingerprint
 from kwjax.runtime import cost
-from kwjax.runtime.data import ImageData
-from kwjax.runtime.report import Picture
+from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.reporting.report import Picture
 
 _POOL = {"cpu": 8192, "paper": 50_176, "smoke": 32}
 _STEPS = {"cpu": 600, "paper": 39_200, "smoke": 3}

@@ -67,7 +67,7 @@ from kwjax.compression.workspace import CALIBRATION_KEY, REAL, SYNTHESIS_KEY, Wo
 from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantizedNetwork, QuantRules, RangeTable, observe_ranges
 from kwjax.runtime import cost
-from kwjax.runtime.report import Picture
+from kwjax.runtime.reporting.report import Picture
 from kwjax.synthesis import SynthesisConfig
 
 STARTS = ("randn", "uniform", LEAVES)

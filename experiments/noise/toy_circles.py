@@ -62,7 +62,7 @@ from kwjax.cli.options import Preset
 from kwjax.compression.workspace import DISTILL_KEY, Workspace, stream_key
 from kwjax.distillation import DistillConfig, distill
 from kwjax.network import Network
-from kwjax.runtime.report import Picture
+from kwjax.runtime.reporting.report import Picture
 
 RUNNING, CURRENT = "running", "current"
 OWN, READJUSTED = "own", "readjusted"

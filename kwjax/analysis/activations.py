@@ -27,8 +27,8 @@ from kwjax.batchnorm.moments import Pooled, merge_layers
 from kwjax.batchnorm.normalize import running_moments
 from kwjax.errors import DataError, KwjaxError
 from kwjax.network import ApplyFn, Array, Network
-from kwjax.runtime.forwarding import forward_batches
-from kwjax.runtime.parallel import Devices, weight_share
+from kwjax.runtime.devices.forwarding import forward_batches
+from kwjax.runtime.devices.parallel import Devices, weight_share
 
 REACH = 6.0
 """The histograms go from -REACH to REACH running standard deviations around the running mean."""

@@ -12,10 +12,10 @@ import optax
 
 from kwjax.errors import DataError, KwjaxError
 from kwjax.network import Array, Network
-from kwjax.runtime import processes
-from kwjax.runtime.data import checked_labels
-from kwjax.runtime.forwarding import forward_rows
-from kwjax.runtime.parallel import Devices
+from kwjax.runtime.data.images import checked_labels
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.forwarding import forward_rows
+from kwjax.runtime.devices.parallel import Devices
 
 Space = Literal["normalized", "pixel"]
 

@@ -15,10 +15,10 @@ from kwjax import intercept
 from kwjax.batchnorm import Moments, gaussian_kl, observe, reference_moments
 from kwjax.errors import DataError, KwjaxError
 from kwjax.network import Network
-from kwjax.runtime import processes
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.forwarding import Images
+from kwjax.runtime.devices.parallel import Devices
 from kwjax.runtime.evaluate import predict
-from kwjax.runtime.forwarding import Images
-from kwjax.runtime.parallel import Devices
 
 Array = jax.Array
 

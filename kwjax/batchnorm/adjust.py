@@ -15,8 +15,8 @@ from kwjax.batchnorm.moments import Moments, Pooled, merge_layers
 from kwjax.batchnorm.observe import no_batch_norm, observe
 from kwjax.errors import DataError, KwjaxError
 from kwjax.network import Network
-from kwjax.runtime.forwarding import forward_batches
-from kwjax.runtime.parallel import Devices
+from kwjax.runtime.devices.forwarding import forward_batches
+from kwjax.runtime.devices.parallel import Devices
 
 _EVERY_LAYER = (".*",)
 

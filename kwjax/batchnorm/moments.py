@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from kwjax.runtime import parallel, processes
+from kwjax.runtime.devices import parallel, processes
 
 Array = jax.Array
 
@@ -139,7 +139,7 @@ def over_devices(
   Args:
     moments: `{layer: Moments}` of this device; moments that are over all devices already stay unchanged.
     axis_name: mapped axis, or None on one device.
-    share: f32[], a_d of `kwjax.runtime.parallel.weight_share`; None: 1 / D.
+    share: f32[], a_d of `kwjax.runtime.devices.parallel.weight_share`; None: 1 / D.
 
   Returns:
     `{layer: Moments}` in the same order.

@@ -16,7 +16,7 @@ from kwjax.batchnorm.moments import Moments, batch_moments, over_devices, pool
 from kwjax.batchnorm.normalize import feature_axis, normalize, running_moments
 from kwjax.errors import KwjaxError, NoBatchNormError
 from kwjax.network import ApplyFn, Array, Network, Variables
-from kwjax.runtime import parallel
+from kwjax.runtime.devices import parallel
 
 INPUT = "input"
 """Name of the virtual layer whose statistics are the data set's mean and standard deviation."""

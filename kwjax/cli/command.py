@@ -16,10 +16,10 @@ from kwjax.errors import Interrupted, KwjaxError, WeightsError
 from kwjax.network import Network, load_network
 from kwjax.quantization import QuantizedNetwork, load_quantized
 from kwjax.quantization.store import QUANTIZATION_FILE
-from kwjax.runtime import processes
-from kwjax.runtime.launch import keep_freed_memory
-from kwjax.runtime.messages import log_error
-from kwjax.runtime.parallel import DeviceGroup, device_group
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.launch import keep_freed_memory
+from kwjax.runtime.devices.parallel import DeviceGroup, device_group
+from kwjax.runtime.reporting.messages import log_error
 from kwjax.runtime.workdir import LOCK_FILES, Shutdown, graceful_shutdown
 
 USAGE_ERROR = 2

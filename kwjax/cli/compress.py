@@ -27,11 +27,11 @@ from kwjax.compression.workspace import GAUSSIAN, REAL, SYNTHESIS_KEY, Workspace
 from kwjax.network import Network
 from kwjax.optional import require
 from kwjax.quantization import save_quantized
-from kwjax.runtime import memory, processes
-from kwjax.runtime.data import ImageData, load_data
-from kwjax.runtime.messages import log
+from kwjax.runtime.data.images import ImageData, load_data
+from kwjax.runtime.devices import memory, processes
+from kwjax.runtime.reporting.messages import log
+from kwjax.runtime.reporting.tensorboard import open_log
 from kwjax.runtime.result_store import ResultStore, check_same_settings
-from kwjax.runtime.tensorboard import open_log
 from kwjax.runtime.workdir import Shutdown
 from kwjax.synthesis import SynthesisConfig, starting_images
 

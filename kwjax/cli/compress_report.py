@@ -20,9 +20,9 @@ from kwjax.quantization import QuantRules
 from kwjax.quantization.integer import representable_weights
 from kwjax.quantization.methods import Method
 from kwjax.runtime.evaluate import Accuracy, Agreement, wilson_interval
-from kwjax.runtime.report import Picture, Tile, command_line, complete, versions, write_report
-from kwjax.runtime.report_html import summary
-from kwjax.runtime.tensorboard import EventLog
+from kwjax.runtime.reporting.html import summary
+from kwjax.runtime.reporting.report import Picture, Tile, command_line, complete, versions, write_report
+from kwjax.runtime.reporting.tensorboard import EventLog
 from kwjax.synthesis import TERMS, SynthesisConfig
 
 

@@ -10,7 +10,7 @@ from kwjax import intercept
 from kwjax.compression.settings import Sizes
 from kwjax.network import Network
 from kwjax.runtime.cost import EFFICIENCY, matmul_rate
-from kwjax.runtime.memory import Need
+from kwjax.runtime.devices.memory import Need
 from kwjax.synthesis import SynthesisConfig
 
 

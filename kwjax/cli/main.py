@@ -11,7 +11,7 @@ import tyro
 from kwjax.cli import compress, convert, export, info, measure, options
 from kwjax.cli.arguments import parse
 from kwjax.cli.command import run_command
-from kwjax.runtime.launch import relaunch_with_huge_pages
+from kwjax.runtime.devices.launch import relaunch_with_huge_pages
 
 DEFAULT_ARCH = "efficientnet_lite0"
 

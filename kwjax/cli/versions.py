@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kwjax.runtime.report import versions
+from kwjax.runtime.reporting.report import versions
 
 _PACKAGES = ("jax", "jaxlib", "flax")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from kwjax.distillation import DistillConfig
-from kwjax.runtime.tensorboard import EventLog
+from kwjax.runtime.reporting.tensorboard import EventLog
 from kwjax.synthesis import SampleSet, SynthesisConfig
 
 Curves = Mapping[str, Sequence[float]]

@@ -19,8 +19,8 @@ from kwjax.errors import DataError, KwjaxError
 from kwjax.network import Network, fingerprint
 from kwjax.quantization import QuantRules
 from kwjax.quantization.methods import METHODS, Method
-from kwjax.runtime import memory
-from kwjax.runtime.data import ImageData, array_data, load_data
+from kwjax.runtime.data.images import ImageData, array_data, load_data
+from kwjax.runtime.devices import memory
 from kwjax.runtime.identity import identity
 from kwjax.synthesis import SampleSet, SynthesisConfig
 

@@ -30,10 +30,10 @@ from kwjax.distillation import DistillConfig
 from kwjax.network import Network
 from kwjax.quantization import QuantizedNetwork
 from kwjax.quantization.methods import Method
-from kwjax.runtime import memory, processes
-from kwjax.runtime.parallel import DeviceGroup, device_group
+from kwjax.runtime.devices import memory, processes
+from kwjax.runtime.devices.parallel import DeviceGroup, device_group
+from kwjax.runtime.reporting.tensorboard import EventLog
 from kwjax.runtime.result_store import ResultStore, check_same_settings
-from kwjax.runtime.tensorboard import EventLog
 from kwjax.synthesis import SampleSet, SynthesisConfig
 
 
@@ -139,7 +139,7 @@ def compress(
     should_stop: asked between steps; when true, what is finished is kept and Interrupted is raised.
     checkpoint_seconds: least time in seconds between two saved states of the synthesis.
     checkpoint_steps: fine-tuning steps between two saved states.
-    events: where curves go for TensorBoard, see `kwjax.runtime.tensorboard.open_log`.
+    events: where curves go for TensorBoard, see `kwjax.runtime.reporting.tensorboard.open_log`.
 
   Returns:
     `Compressed`: students, scores, images and decisions.

@@ -11,7 +11,7 @@ from kwjax.distillation import DistillConfig
 from kwjax.errors import KwjaxError
 from kwjax.intercept import batch_norm_layers
 from kwjax.network import Network
-from kwjax.runtime import memory
+from kwjax.runtime.devices import memory
 from kwjax.synthesis import PAPER_ROWS, SynthesisConfig
 
 Preset = Literal["cpu", "paper", "smoke"]

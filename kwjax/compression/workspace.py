@@ -10,10 +10,11 @@ import jax
 
 from kwjax.errors import Interrupted
 from kwjax.network import Network
-from kwjax.runtime import messages, processes
-from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.parallel import DeviceGroup
+from kwjax.runtime.reporting import messages
+from kwjax.runtime.reporting.tensorboard import EventLog
 from kwjax.runtime.result_store import ResultStore
-from kwjax.runtime.tensorboard import EventLog
 
 GAUSSIAN, REAL = "gaussian", "real"
 SYNTHESIS_KEY, GAUSSIAN_KEY, CALIBRATION_KEY, DISTILL_KEY, REAL_KEY = range(5)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kwjax.errors import KwjaxError
-from kwjax.runtime import parallel
+from kwjax.runtime.devices import parallel
 
 Array = jax.Array
 

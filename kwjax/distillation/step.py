@@ -24,7 +24,7 @@ from kwjax.errors import KwjaxError
 from kwjax.intercept import Forwardable
 from kwjax.kernels import fewer_products
 from kwjax.network import ApplyFn, Array, Variables
-from kwjax.runtime import parallel
+from kwjax.runtime.devices import parallel
 
 _MOMENTUM = "momentum"
 

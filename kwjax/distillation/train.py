@@ -16,8 +16,8 @@ from kwjax.distillation.step import DistillState, Student, distill_step, initial
 from kwjax.errors import KwjaxError
 from kwjax.intercept import Forwardable, batch_norm_layers
 from kwjax.network import Array, Network
+from kwjax.runtime.devices.parallel import DeviceGroup, device_group
 from kwjax.runtime.loop import History, fingerprint, open_store
-from kwjax.runtime.parallel import DeviceGroup, device_group
 from kwjax.sources.base import Batch, Source
 from kwjax.sources.fixed import FixedSet, check_images
 from kwjax.sources.run import Words, train_on

@@ -11,7 +11,7 @@ import numpy as np
 
 from kwjax.errors import KwjaxError
 from kwjax.intercept import Forwardable
-from kwjax.runtime.forwarding import padded_batches
+from kwjax.runtime.devices.forwarding import padded_batches
 
 Run = Callable[[np.ndarray], np.ndarray]
 """`images f32[n,h,w,c] in [0,1] -> logits f32[n,k]`."""

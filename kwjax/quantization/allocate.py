@@ -15,7 +15,7 @@ from kwjax.network import Array, Network
 from kwjax.quantization.extremes import check_images
 from kwjax.quantization.rules import Bits, QuantRules
 from kwjax.quantization.sensitivity import Sensitivity, measure_sensitivity
-from kwjax.runtime.parallel import Devices
+from kwjax.runtime.devices.parallel import Devices
 
 CANDIDATES = (2, 3, 4, 5, 6, 8)
 _UNITS = 200_000

@@ -18,9 +18,9 @@ from kwjax.errors import KwjaxError
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.extremes import check_images
 from kwjax.quantization.wrap import QuantizedNetwork
-from kwjax.runtime.forwarding import check_batch_size, forward_batches
-from kwjax.runtime.parallel import Devices, weight_share
-from kwjax.runtime.parallel import mean as over_devices
+from kwjax.runtime.devices.forwarding import check_batch_size, forward_batches
+from kwjax.runtime.devices.parallel import Devices, weight_share
+from kwjax.runtime.devices.parallel import mean as over_devices
 
 _MEANS = "channel_means"
 _SHIFTS = "channel_shifts"

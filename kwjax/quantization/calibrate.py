@@ -16,8 +16,8 @@ from kwjax.quantization.histograms import Histogram, merge, observe_histograms
 from kwjax.quantization.range_methods import histogram_ranges
 from kwjax.quantization.ranges import Ranges, RangeTable
 from kwjax.quantization.rules import QuantRules
-from kwjax.runtime.forwarding import progress_bar
-from kwjax.runtime.parallel import Devices
+from kwjax.runtime.devices.forwarding import progress_bar
+from kwjax.runtime.devices.parallel import Devices
 
 Augment = Callable[[Array, Array], Array]
 """`(key, images f32[b,h,w,c]) -> images` of the same shape."""

@@ -19,9 +19,9 @@ from kwjax.quantization.ranges import Interval, RangeTable
 from kwjax.quantization.rules import QuantRules
 from kwjax.quantization.weight_ranges import WeightClips, weight_clips
 from kwjax.quantization.wrap import quantize_weights
-from kwjax.runtime import processes
-from kwjax.runtime.forwarding import forward_rows
-from kwjax.runtime.parallel import Devices
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.forwarding import forward_rows
+from kwjax.runtime.devices.parallel import Devices
 
 BINS = 2048
 

@@ -26,10 +26,10 @@ from kwjax.quantization.ranges import Ranges
 from kwjax.quantization.rules import Bits, QuantRules
 from kwjax.quantization.weight_ranges import kernel_path, mse_clip
 from kwjax.quantization.wrap import kernel_grid
-from kwjax.runtime import processes
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.forwarding import progress_bar
+from kwjax.runtime.devices.parallel import Devices
 from kwjax.runtime.evaluate import predict
-from kwjax.runtime.forwarding import progress_bar
-from kwjax.runtime.parallel import Devices
 
 _GRID = "allocation_grid"
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kwjax.errors import DataError
-from kwjax.runtime import processes
-from kwjax.runtime.data import ImageData, checked_labels
-from kwjax.runtime.forwarding import Images, forward_rows
+from kwjax.runtime.data.images import ImageData, checked_labels
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.forwarding import Images, forward_rows
+from kwjax.runtime.devices.parallel import Devices
 from kwjax.runtime.logits import image_differences, image_hits
-from kwjax.runtime.parallel import Devices
 
 
 class Classifier(Protocol):
@@ -220,13 +220,13 @@ def predict(
   Args:
     network: what to forward.
     images: `ImageData`, or f32[n,h,w,c] in [0, 1].
-    batch_size: most images forwarded at a time, see `kwjax.runtime.batch_sizes.forward_size`. The last batch is padded.
+    batch_size: most images forwarded at a time, see `kwjax.runtime.devices.batch_sizes.forward_size`. The last batch is padded.
     devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
     progress: show a progress bar.
     should_stop: called after each batch; True ends the pass.
 
   Returns:
-    f32[n,k]; of several processes the rows `kwjax.runtime.processes.share(n)`.
+    f32[n,k]; of several processes the rows `kwjax.runtime.devices.processes.share(n)`.
 
   Raises:
     DataError: there are no images.

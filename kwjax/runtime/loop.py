@@ -16,9 +16,9 @@ import numpy as np
 import tqdm
 
 from kwjax.errors import Interrupted, NonFiniteError
-from kwjax.runtime import processes
 from kwjax.runtime.checkpoint import Checkpoints
-from kwjax.runtime.layout import Layout
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.layout import Layout
 from kwjax.runtime.workdir import Shutdown, graceful_shutdown
 
 History = list[dict[str, float]]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kwjax.errors import CheckpointError, KwjaxError
-from kwjax.runtime import processes
+from kwjax.runtime.devices import processes
 from kwjax.runtime.files import (
   PathLike,
   canonical_json,
@@ -18,7 +18,7 @@ from kwjax.runtime.files import (
   settings_differences,
   write_sealed_json,
 )
-from kwjax.runtime.messages import log
+from kwjax.runtime.reporting.messages import log
 
 
 class ResultStore:

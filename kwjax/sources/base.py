@@ -80,7 +80,8 @@ class Source(abc.ABC, Generic[State]):
     Args:
       state: after the step's update.
       key: PRNG key of the step, the same on every device.
-      n: images over all devices. Each of D devices draws its ceil(n / D) rows, which `kwjax.runtime.parallel.batch_rows` names.
+      n: images over all devices. Each of D devices draws its ceil(n / D) rows, see `batch_rows`
+        in `kwjax.runtime.devices.parallel`.
       axis_name: mapped axis of the devices.
     """
 
@@ -94,7 +95,7 @@ class Source(abc.ABC, Generic[State]):
       key: PRNG key of the step, the same for `draw`.
       teacher: the network to compress.
       student: in training, before the step. Gradients may pass through both.
-      axis_name: mapped axis of the devices; gradients are taken with `kwjax.runtime.parallel`.
+      axis_name: mapped axis of the devices; gradients are taken with `kwjax.runtime.devices.parallel`.
     """
     del key, teacher, student, axis_name
     return state, {}

@@ -13,7 +13,7 @@ import numpy as np
 from kwjax.errors import DataError, KwjaxError
 from kwjax.intercept import Forwardable
 from kwjax.network import Array
-from kwjax.runtime import parallel
+from kwjax.runtime.devices import parallel
 from kwjax.sources.base import Batch, Feed, Source
 from kwjax.sources.mixup import Mixup
 from kwjax.sources.plan import Augment, Plan, gather, mixed, planner, random_plan, take

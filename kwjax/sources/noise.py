@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kwjax.errors import KwjaxError
 from kwjax.network import Array
-from kwjax.runtime import parallel
+from kwjax.runtime.devices import parallel
 from kwjax.sources.base import Batch, Source
 from kwjax.synthesis.dead_leaves_model import (
   LEAF_SHAPES,

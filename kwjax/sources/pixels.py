@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kwjax.errors import KwjaxError
 from kwjax.intercept import Forwardable
 from kwjax.network import Array, Network
-from kwjax.runtime import parallel
+from kwjax.runtime.devices import parallel
 from kwjax.sources.base import Batch, Metrics, Source
 from kwjax.synthesis.config import SynthesisConfig
 from kwjax.synthesis.pixels import SynthesisState, initial_images, initial_state, synthesis_step, target_labels

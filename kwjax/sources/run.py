@@ -13,10 +13,10 @@ import numpy as np
 
 from kwjax.errors import KwjaxError
 from kwjax.network import Array
-from kwjax.runtime import parallel
-from kwjax.runtime.layout import Copies, Layout, Rows
+from kwjax.runtime.devices import parallel
+from kwjax.runtime.devices.layout import Copies, Layout, Rows
+from kwjax.runtime.devices.parallel import DeviceGroup
 from kwjax.runtime.loop import History, Loop, Pace, Progress, Store, progress_bar
-from kwjax.runtime.parallel import DeviceGroup
 from kwjax.sources.base import Batch, Source, is_pytree
 from kwjax.sources.plan import DRAW, INIT, REFRESH
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from kwjax.batchnorm import DIVERGENCES, Moments, layer_divergence
 from kwjax.errors import KwjaxError
-from kwjax.runtime import parallel
+from kwjax.runtime.devices import parallel
 
 Array = jax.Array
 

@@ -24,7 +24,7 @@ from kwjax.batchnorm import (
 from kwjax.intercept import Forwardable
 from kwjax.kernels import fewer_products
 from kwjax.network import Array, Network
-from kwjax.runtime import parallel
+from kwjax.runtime.devices import parallel
 from kwjax.synthesis.augment import augment
 from kwjax.synthesis.config import SynthesisConfig
 from kwjax.synthesis.dead_leaves_model import dead_leaves

@@ -15,11 +15,11 @@ import numpy as np
 import tqdm
 
 from kwjax.network import Network
-from kwjax.runtime import parallel, processes
 from kwjax.runtime.checkpoint import Checkpoints
-from kwjax.runtime.layout import Rows
+from kwjax.runtime.devices import parallel, processes
+from kwjax.runtime.devices.layout import Rows
+from kwjax.runtime.devices.parallel import DeviceGroup
 from kwjax.runtime.loop import History, Loop, Pace, Store
-from kwjax.runtime.parallel import DeviceGroup
 from kwjax.synthesis.config import SynthesisConfig
 from kwjax.synthesis.noise import gaussian_images
 from kwjax.synthesis.pixels import (

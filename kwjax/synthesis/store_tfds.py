@@ -52,8 +52,8 @@ def save_tfds(
     KwjaxError: the folder cannot be written.
   """
   # Imported here: it takes two tenths of a second.
-  from kwjax.runtime.tfds import tfds
-  from kwjax.runtime.tfds_writer import DataSetInfo, SplitExamples, write_tfds
+  from kwjax.runtime.data.tfds import tfds
+  from kwjax.runtime.data.tfds_writer import DataSetInfo, SplitExamples, write_tfds
 
   images, labels = _checked(samples, encoding)
   top = int(labels.max()) + 1

@@ -16,9 +16,9 @@ import numpy as np
 from kwjax.batchnorm import reference_moments
 from kwjax.errors import KwjaxError
 from kwjax.network import Network, fingerprint
-from kwjax.runtime import processes
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.parallel import DeviceGroup, device_group
 from kwjax.runtime.loop import progress_bar
-from kwjax.runtime.parallel import DeviceGroup, device_group
 from kwjax.synthesis.config import SynthesisConfig
 from kwjax.synthesis.pixels import initial_images, target_labels
 from kwjax.synthesis.run import IMAGES, LABELS, Callback, Run

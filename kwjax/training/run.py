@@ -11,10 +11,10 @@ import numpy as np
 
 from kwjax.distillation.step import DistillState, initial_state
 from kwjax.network import Array, Network
-from kwjax.runtime.data import checked_labels
+from kwjax.runtime.data.images import checked_labels
+from kwjax.runtime.devices.parallel import device_group
 from kwjax.runtime.evaluate import Devices
 from kwjax.runtime.loop import History, fingerprint, open_store
-from kwjax.runtime.parallel import device_group
 from kwjax.sources.base import Batch
 from kwjax.sources.fixed import FixedSet, check_images
 from kwjax.sources.run import Words, train_on

@@ -18,7 +18,7 @@ from kwjax.distillation.step import DistillState, next_state, track_statistics, 
 from kwjax.errors import KwjaxError
 from kwjax.modules import evaluation_arguments, hashable_module
 from kwjax.network import Array, Network, Variables
-from kwjax.runtime import parallel
+from kwjax.runtime.devices import parallel
 from kwjax.sources.plan import Augment
 from kwjax.synthesis.augment import Augmentation, augment
 

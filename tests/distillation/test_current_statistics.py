@@ -16,7 +16,7 @@ from kwjax.distillation import DistillConfig, distill, distill_step, initial_sta
 from kwjax.errors import DataError, KwjaxError
 from kwjax.intercept import batch_norm_layers
 from kwjax.network import Network
-from kwjax.runtime.parallel import device_group
+from kwjax.runtime.devices.parallel import device_group
 
 CONFIG = DistillConfig(3, batch_size=16, learning_rate=0.05, iq_weight=0.0, current=(".*",))
 

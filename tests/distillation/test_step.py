@@ -17,7 +17,7 @@ from kwjax.distillation import DistillConfig, distill_step, initial_state, updat
 from kwjax.distillation.step import track_statistics
 from kwjax.network import Network
 from kwjax.quantization import QuantRules, calibrate, quantize
-from kwjax.runtime.parallel import device_group
+from kwjax.runtime.devices.parallel import device_group
 
 CONFIG = DistillConfig(10, batch_size=16, learning_rate=0.05, iq_weight=0.1, temperature=2.0)
 

@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 
 from experiments import cifar_bns
-from kwjax.runtime import memory
+from kwjax.runtime.devices import memory
 from tests import networks
 from tests.end_to_end import jobs
 from tests.end_to_end.bad_inputs import ARCH, CASES, state_dict, stored, with_leaf

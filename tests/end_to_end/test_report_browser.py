@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from kwjax.analysis import figures
-from kwjax.runtime.report import Picture, Tile, write_report
+from kwjax.runtime.reporting.report import Picture, Tile, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")

@@ -9,7 +9,7 @@ import pytest
 
 from kwjax.compression.event_log import log_distillation, log_samples, synthesis_callback
 from kwjax.distillation import DistillConfig
-from kwjax.runtime.tensorboard import open_log, read_events
+from kwjax.runtime.reporting.tensorboard import open_log, read_events
 from kwjax.synthesis import SampleSet, SynthesisConfig
 
 pytest.importorskip("tensorboardX", reason="needs the extra tensorboard")

@@ -16,7 +16,7 @@ from experiments.knowledge_within.figure2_monitor import facts, falls, falls_the
 from kwjax.analysis.curves import CurvePanel, curve_panels
 from kwjax.cli.options import sizes
 from kwjax.errors import KwjaxError
-from kwjax.runtime.parallel import device_group
+from kwjax.runtime.devices.parallel import device_group
 from tests.experiments.tiny_study import command, tiny_network_loaded
 from tests.networks import tiny_network
 

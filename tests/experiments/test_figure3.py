@@ -16,7 +16,7 @@ from experiments._harness.tables import Entry
 from experiments.knowledge_within import figure3_quality
 from kwjax.analysis.similarity import measure
 from kwjax.cli.options import sizes
-from kwjax.runtime.parallel import device_group
+from kwjax.runtime.devices.parallel import device_group
 from kwjax.synthesis.store import ImageStore
 from tests.experiments.tiny_study import command, tiny_network_loaded, write_noise
 from tests.networks import tiny_network

@@ -17,8 +17,8 @@ from kwjax.errors import CheckpointError
 from kwjax.models import get_model, model_info
 from kwjax.network import Network, load_network, save_network
 from kwjax.quantization import load_integer_weights, load_quantized
+from kwjax.runtime.reporting.tensorboard import read_events
 from kwjax.runtime.result_store import ResultStore
-from kwjax.runtime.tensorboard import read_events
 from tests.networks import random_network
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -24,7 +24,7 @@ from experiments._harness.archives.imagenet import _wnids
 from experiments._harness.archives.numpy_pickle import load_numpy_pickle
 from kwjax import load_data
 from kwjax.errors import DataError
-from kwjax.runtime.data_tfds import PREPARABLE
+from kwjax.runtime.data.tfds_sets import PREPARABLE
 
 RANDOM = np.random.default_rng(0)
 

@@ -16,7 +16,7 @@ from experiments._harness.study import CellPlan, Missing, Setup, Study, StudyOpt
 from experiments._harness.tables import Entry, Table, as_json, as_rows, as_text, over_seeds, write_csv
 from kwjax.cli.command import run_command
 from kwjax.errors import KwjaxError
-from kwjax.runtime.data import array_data, load_data
+from kwjax.runtime.data.images import array_data, load_data
 from tests.networks import tiny_network
 
 

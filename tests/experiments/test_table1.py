@@ -13,7 +13,7 @@ from experiments._harness.study_setup import load
 from experiments._harness.tables import Entry
 from experiments.knowledge_within import table1_ablation
 from kwjax.cli.options import sizes
-from kwjax.runtime.parallel import device_group
+from kwjax.runtime.devices.parallel import device_group
 from tests.experiments.tiny_study import command, tiny_network_loaded, write_answered
 from tests.networks import tiny_network
 

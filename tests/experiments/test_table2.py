@@ -12,7 +12,7 @@ from experiments._harness.study import Cell, Study, choose
 from experiments._harness.study_setup import load
 from experiments.knowledge_within import table2_cifar
 from kwjax.cli.options import sizes
-from kwjax.runtime.parallel import device_group
+from kwjax.runtime.devices.parallel import device_group
 from tests.experiments.tiny_study import tiny_network_loaded, write_answered
 from tests.networks import tiny_network
 

@@ -15,7 +15,7 @@ from experiments._harness.study_setup import load
 from experiments.knowledge_within import table3_imagenet
 from kwjax.cli.options import sizes
 from kwjax.network import Network
-from kwjax.runtime.parallel import device_group
+from kwjax.runtime.devices.parallel import device_group
 from tests.networks import tiny_network
 
 

@@ -19,7 +19,7 @@ from experiments.knowledge_within.similarity_sets import GROUP, Subject, group_j
 from kwjax.analysis.similarity import measure
 from kwjax.cli.options import sizes
 from kwjax.network import Network
-from kwjax.runtime.parallel import device_group
+from kwjax.runtime.devices.parallel import device_group
 from tests.networks import TinyNet, random_network
 
 

@@ -13,7 +13,7 @@ from experiments.calibration import table_calibration
 from kwjax.cli.options import Options, method_of, rules_of, sizes
 from kwjax.quantization import QuantRules
 from kwjax.quantization.methods import BEST, PAPER, Method
-from kwjax.runtime.parallel import device_group
+from kwjax.runtime.devices.parallel import device_group
 from tests.experiments.tiny_study import write_answered
 from tests.networks import tiny_network
 

@@ -15,7 +15,7 @@ from kwjax import Network, kernels
 from kwjax.batchnorm import observe
 from kwjax.errors import KwjaxError
 from kwjax.models.layers import MaxPool
-from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.devices.parallel import DeviceGroup
 from tests.networks import random_network
 
 SHAPE = (9, 8, 6)

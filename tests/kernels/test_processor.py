@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kwjax.kernels import processor
-from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.devices.parallel import DeviceGroup
 
 _FLAG = "xla_cpu_prefer_vector_width"
 
@@ -30,7 +30,7 @@ def test_vectors_are_as_wide_as_the_processor_has_them_unless_the_user_said(monk
 @pytest.mark.parametrize("devices", [1, 2])
 def test_programs_are_compiled_with_the_options(monkeypatch, devices):
   asked = {}
-  monkeypatch.setattr("kwjax.runtime.parallel.compiler_options", lambda: {_FLAG: 128})
+  monkeypatch.setattr("kwjax.runtime.devices.parallel.compiler_options", lambda: {_FLAG: 128})
   real = jax.jit
   monkeypatch.setattr(jax, "jit", lambda f, **options: asked.update(options) or real(f, **options))
   group = DeviceGroup(tuple(jax.devices()[:devices]))

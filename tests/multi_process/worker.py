@@ -14,9 +14,9 @@ from kwjax.cli.command import run_command
 from kwjax.distillation import DistillConfig, distill, distill_step
 from kwjax.distillation.step import initial_state
 from kwjax.quantization import observe_ranges
-from kwjax.runtime import processes
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.parallel import DeviceGroup, device_group, padding_weights, value_and_grad_of_shard
 from kwjax.runtime.evaluate import agreement, evaluate
-from kwjax.runtime.parallel import DeviceGroup, device_group, padding_weights, value_and_grad_of_shard
 from kwjax.runtime.workdir import graceful_shutdown
 from kwjax.sources import Pixels
 from kwjax.synthesis import SynthesisConfig, synthesis_loss, synthesize

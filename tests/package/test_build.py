@@ -73,7 +73,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(built: Built) -> None:
   assert len(sources) > 100
   data = {name for name in found if ".dist-info/" not in name} - sources
   assert sources <= found
-  assert data == {"kwjax/py.typed", *(f"kwjax/runtime/templates/{name}" for name in PAGES)}
+  assert data == {"kwjax/py.typed", *(f"kwjax/runtime/reporting/templates/{name}" for name in PAGES)}
   (info,) = {name.split("/")[0] for name in found if ".dist-info/" in name}
   assert f"{info}/licenses/LICENSE" in found
   assert contents(built.wheel)[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
@@ -93,7 +93,7 @@ def test_the_installed_wheel_works_from_another_folder(built: Built, tmp_path: p
   run("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(built.wheel), cwd=tmp_path)
   elsewhere = tmp_path / "elsewhere"
   elsewhere.mkdir()
-  check = "import kwjax, weights_conversion, importlib.metadata as m; from kwjax.runtime.report import write_report; "
+  check = "import kwjax, weights_conversion, importlib.metadata as m; from kwjax.runtime.reporting.report import write_report; "
   check += "write_report({'network': 'net', 'command': 'as <installed>'}, '../report'); "
   check += "print(*(p.__file__ for p in (kwjax, weights_conversion)), sep='\\n'); "
   check += "print(kwjax.__version__, m.version('kwjax'))"

@@ -28,8 +28,8 @@ def test_modules_that_need_an_extra_name_it() -> None:
 import importlib, sys
 for package, module in (
   ("matplotlib", "kwjax.analysis.figures"),
-  ("importlib_resources", "kwjax.runtime.data_tfds"),
-  ("array_record", "kwjax.runtime.tfds_writer"),
+  ("importlib_resources", "kwjax.runtime.data.tfds_sets"),
+  ("array_record", "kwjax.runtime.data.tfds_writer"),
 ):
   sys.modules[package] = None
   try:

@@ -16,8 +16,8 @@ import PIL.Image
 import pytest
 
 from kwjax.errors import DataError
-from kwjax.runtime.data import array_data, load_data
-from kwjax.runtime.data_readers import fit
+from kwjax.runtime.data.images import array_data, load_data
+from kwjax.runtime.data.readers import fit
 
 
 def _pixels(count: int, height: int = 8, width: int = 8, channels: int = 3, seed: int = 0) -> np.ndarray:

@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from kwjax.errors import DataError
-from kwjax.runtime.data import load_data
+from kwjax.runtime.data.images import load_data
 
 _GREY = np.random.default_rng(7).integers(0, 256, (5, 28, 28, 1), dtype=np.uint8)
 
@@ -70,7 +70,7 @@ def test_tfds_reads_a_prepared_set(prepared: pathlib.Path) -> None:
 
 def test_tfds_does_not_import_tensorflow(prepared: pathlib.Path) -> None:
   code = (
-    "import sys\nfrom kwjax.runtime.data import load_data\n"
+    "import sys\nfrom kwjax.runtime.data.images import load_data\n"
     "print(load_data('tfds:tiny_digits').all()[0].shape, 'tensorflow' in sys.modules)"
   )
   found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

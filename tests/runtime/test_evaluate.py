@@ -12,8 +12,8 @@ import pytest
 import scipy.stats
 
 from kwjax.errors import DataError, Interrupted, NonFiniteError
-from kwjax.runtime import batch_sizes
-from kwjax.runtime.data import array_data
+from kwjax.runtime.data.images import array_data
+from kwjax.runtime.devices import batch_sizes
 from kwjax.runtime.evaluate import Accuracy, agreement, evaluate, predict, score, wilson_interval
 
 TRACES: list[str] = []

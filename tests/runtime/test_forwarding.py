@@ -12,9 +12,9 @@ from kwjax.errors import Interrupted
 from kwjax.models.mobilenet import InvertedResidual
 from kwjax.quantization import observe_ranges
 from kwjax.quantization.histograms import observe_histograms
-from kwjax.runtime import batch_sizes, forwarding
+from kwjax.runtime.devices import batch_sizes, forwarding
+from kwjax.runtime.devices.parallel import DeviceGroup, device_group
 from kwjax.runtime.evaluate import predict
-from kwjax.runtime.parallel import DeviceGroup, device_group
 from tests.networks import random_network
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kwjax.runtime.packing import Packed, pack_constants, pack_rows, unpacked
-from kwjax.runtime.parallel import device_group
+from kwjax.runtime.devices.packing import Packed, pack_constants, pack_rows, unpacked
+from kwjax.runtime.devices.parallel import device_group
 
 
 def _tree():

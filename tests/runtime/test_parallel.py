@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kwjax.errors import KwjaxError
-from kwjax.runtime.parallel import (
+from kwjax.runtime.devices.parallel import (
   axis_offset,
   batch_rows,
   device_group,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kwjax.errors import KwjaxError
-from kwjax.runtime import launchers, processes, watch
+from kwjax.runtime.devices import launchers, processes, watch
 
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 
@@ -171,7 +171,7 @@ def test_a_cloud_tpu_is_one_with_chips_and_their_library(
 
 _PROCESS = """
 import os, socket, sys, time
-from kwjax.runtime import watch
+from kwjax.runtime.devices import watch
 if "QUICK" in os.environ:
   watch._BEAT_SECONDS, watch._SILENCE_SECONDS = 0.5, 6.0
 index, port, count, last = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]

@@ -17,8 +17,8 @@ import pytest
 
 from kwjax.errors import KwjaxError
 from kwjax.runtime.evaluate import Accuracy, Agreement, wilson_interval
-from kwjax.runtime.report import Picture, Tile, command_line, complete, versions, write_report
-from kwjax.runtime.report_html import summary
+from kwjax.runtime.reporting.html import summary
+from kwjax.runtime.reporting.report import Picture, Tile, command_line, complete, versions, write_report
 
 FIXED = [
   "network",

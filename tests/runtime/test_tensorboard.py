@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kwjax.errors import KwjaxError
-from kwjax.runtime.tensorboard import EventLog, open_log, read_events
+from kwjax.runtime.reporting.tensorboard import EventLog, open_log, read_events
 
 event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2", reason="needs the extra tensorboard")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from kwjax.distillation import kl_divergence
-from kwjax.runtime import parallel
+from kwjax.runtime.devices import parallel
 from kwjax.sources import Batch, Source
 
 Array = jax.Array

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kwjax.errors import NoBatchNormError
-from kwjax.runtime.parallel import device_group, value_and_grad_of_shard, weighted_mean
+from kwjax.runtime.devices.parallel import device_group, value_and_grad_of_shard, weighted_mean
 from kwjax.synthesis import Augmentation, SynthesisConfig, initial_state, synthesis_loss, synthesis_step
 from kwjax.synthesis.pixels import SynthesisState, watched_layers
 from tests.networks import tiny_network

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 import kwjax
 from kwjax.errors import DataError, KwjaxError
-from kwjax.runtime.tfds_writer import DataSetInfo, SplitExamples, write_tfds
+from kwjax.runtime.data.tfds_writer import DataSetInfo, SplitExamples, write_tfds
 
 
 def samples(count: int = 6, channels: int = 3, seed: int = 0) -> kwjax.SampleSet:
@@ -160,7 +160,9 @@ def test_a_second_writer_is_refused(tmp_path: pathlib.Path) -> None:
 def test_a_full_disk_is_one_sentence(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   if not pathlib.Path("/dev/full").exists() or not stat.S_ISCHR(os.stat("/dev/full").st_mode):
     pytest.skip("needs /dev/full")
-  monkeypatch.setattr("kwjax.runtime.tfds_writer._shard_path", lambda folder, split, index: pathlib.Path("/dev/full"))
+  monkeypatch.setattr(
+    "kwjax.runtime.data.tfds_writer._shard_path", lambda folder, split, index: pathlib.Path("/dev/full")
+  )
   with pytest.raises(KwjaxError, match="cannot write the data set, nothing was left there: .*No space left on device"):
     write(tmp_path / "set", 1, [{"number": 1}])
   assert not list(tmp_path.iterdir())

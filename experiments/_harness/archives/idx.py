@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments._harness.archives.recipe import Opened, Recipe, Records, Source, checked_labels, png
 from kwjax.errors import DataError
-from kwjax.runtime.data_idx import read_idx
+from kwjax.runtime.data.idx import read_idx
 
 _PREFIX = {"train": "train", "test": "t10k"}
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from kwjax.runtime import processes
-from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.parallel import DeviceGroup
 
 PyTree = Any
 

@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 
 from kwjax.errors import DataError, Interrupted, NonFiniteError
 from kwjax.network import Array
-from kwjax.runtime import processes
-from kwjax.runtime.batch_sizes import even_edges, forward_size, in_parts
-from kwjax.runtime.data import ImageData, pad_batch
-from kwjax.runtime.parallel import DeviceGroup, Devices, device_group
+from kwjax.runtime.data.images import ImageData, pad_batch
+from kwjax.runtime.devices import processes
+from kwjax.runtime.devices.batch_sizes import even_edges, forward_size, in_parts
+from kwjax.runtime.devices.parallel import DeviceGroup, Devices, device_group
 
 Images = np.ndarray | jax.Array | ImageData
 """f32[n,h,w,c] in [0,1], or a data set that decodes its images when they are read."""
@@ -63,7 +63,7 @@ def forward_rows(
 ) -> Iterator[PyTree]:
   """Yields the rows that a step gives for the images, batch by batch and in order.
 
-  Of several processes each forwards its own share, the images `kwjax.runtime.processes.share(n)`, and all must make this
+  Of several processes each forwards its own share, the images `kwjax.runtime.devices.processes.share(n)`, and all must make this
   call. A process without images forwards one batch of padding and yields no row of it, so that each learns the shapes.
 
   Args:
@@ -72,9 +72,9 @@ def forward_rows(
     constants: pytree that every device gets a copy of, such as a network.
     images: f32[n,h,w,c], or a data set.
     *labels: arrays [n, ...] that are cut like the images.
-    batch_size: most images forwarded at a time over all devices, see `kwjax.runtime.batch_sizes`.
+    batch_size: most images forwarded at a time over all devices, see `kwjax.runtime.devices.batch_sizes`.
     description: text of the progress bar.
-    devices: see `kwjax.runtime.parallel.device_group`; of several processes each uses its own.
+    devices: see `kwjax.runtime.devices.parallel.device_group`; of several processes each uses its own.
     progress: show a progress bar.
     should_stop: called after each batch; True ends the pass.
     check: says what is wrong with the rows of a batch, or None.
@@ -133,7 +133,7 @@ def forward_batches(
     images: f32[n,h,w,c], a data set, or an iterable of batches f32[b,h,w,c], which are forwarded as they come.
     batch_size: most images in a batch over all devices.
     description: text of the progress bar.
-    devices: see `kwjax.runtime.parallel.device_group`; of several processes each uses its own.
+    devices: see `kwjax.runtime.devices.parallel.device_group`; of several processes each uses its own.
     progress: show a progress bar.
     should_stop: called after each batch; True ends the pass.
     check: says what is wrong with what was found in a batch, or None.

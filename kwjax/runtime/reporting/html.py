@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from kwjax.analysis.class_balance import images_by_count
 from kwjax.optional import require
-from kwjax.runtime import report_parts
 from kwjax.runtime.evaluate import wilson_interval
-from kwjax.runtime.report_parts import Shown, ShownTile, number, percent
+from kwjax.runtime.reporting import parts as report_parts
+from kwjax.runtime.reporting.parts import Shown, ShownTile, number, percent
 
 _LISTED_CLASSES = 40
 _SETS = {"held_out": "held-out", "eval": "evaluation"}
@@ -37,7 +37,7 @@ def render(
   """The whole page.
 
   Args:
-    report: as `kwjax.runtime.report.complete` returns it.
+    report: as `kwjax.runtime.reporting.report.complete` returns it.
     figures: pictures, in the order in which they are shown.
     tables: title -> rows of column name -> value.
     title: heading of the page.
@@ -51,7 +51,7 @@ def render(
   """
   jinja2 = require("jinja2", extra="report", purpose="the report")
   environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("kwjax.runtime"),
+    loader=jinja2.PackageLoader("kwjax.runtime.reporting"),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from kwjax.errors import DataError
-from kwjax.runtime.data_readers import Shape, Source, decode, fit
-from kwjax.runtime.tfds import tfds
-from kwjax.runtime.tfds_writer import is_data_set
+from kwjax.runtime.data.readers import Shape, Source, decode, fit
+from kwjax.runtime.data.tfds import tfds
+from kwjax.runtime.data.tfds_writer import is_data_set
 
 PREPARABLE = ("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn_cropped", "stl10", "imagenet2012")
 """Names of the sets that `python -m experiments.prepare_data` makes."""

@@ -3,8 +3,8 @@
 Every process runs the same program. Between two calls of this module they may drift apart; all processes must make these
 calls in the same order. In a plain single process each of them is the identity and costs nothing.
 
-Small values go through TCP connections of our own (`kwjax.runtime.watch`), not through a device: a process may then wait as
-long as another one works, where a collective would time out.
+Small values go through TCP connections of our own (`kwjax.runtime.devices.watch`), not through a device: a process may then
+wait as long as another one works, where a collective would time out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kwjax.errors import KwjaxError
-from kwjax.runtime import launchers, watch
+from kwjax.runtime.devices import launchers, watch
 from kwjax.runtime.files import PathLike
 from kwjax.runtime.workdir import lock_workdir
 

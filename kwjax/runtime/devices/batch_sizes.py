@@ -14,7 +14,7 @@ import jax
 from jax import lax
 
 from kwjax.network import Array
-from kwjax.runtime.parallel import DeviceGroup
+from kwjax.runtime.devices.parallel import DeviceGroup
 
 _PART_PIXELS = 2 * 224 * 224  # of all images in a part, on one device
 _PARTS = 16  # in a batch at most: 8 take 1 % longer, and a stop waits for all of them

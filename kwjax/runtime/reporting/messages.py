@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from kwjax.runtime import processes
+from kwjax.runtime.devices import processes
 
 
 def log(text: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from kwjax.errors import KwjaxError
 from kwjax.optional import require
 from kwjax.runtime.files import PathLike
-from kwjax.runtime.report_parts import Tile, tile_png
+from kwjax.runtime.reporting.parts import Tile, tile_png
 
 _LENGTH = struct.Struct("<Q")  # bytes of a record
 _CHECKSUM = struct.Struct("<I")  # one after the length, one after the record

@@ -267,7 +267,7 @@ def _class_indices(folders: list[str], num_classes: int | None, place: str) -> d
   if len(set(folders)) != len(folders):
     raise DataError(f"{place} holds two class folders of the same name, {max(folders, key=folders.count)}")
   if num_classes in (None, 1000) and len(folders) < 1000 and all(re.fullmatch(r"n\d{8}", f) for f in folders):
-    from kwjax.runtime.tfds import tfds
+    from kwjax.runtime.data.tfds import tfds
 
     known = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
     if set(folders) <= set(known):

@@ -17,10 +17,10 @@ import numpy as np
 
 from kwjax.errors import KwjaxError
 from kwjax.runtime.files import PathLike, atomic_write, write_json
-from kwjax.runtime.report_html import render
-from kwjax.runtime.report_parts import Picture as Picture
-from kwjax.runtime.report_parts import Shown, ShownTile, tile_png
-from kwjax.runtime.report_parts import Tile as Tile
+from kwjax.runtime.reporting.html import render
+from kwjax.runtime.reporting.parts import Picture as Picture
+from kwjax.runtime.reporting.parts import Shown, ShownTile, tile_png
+from kwjax.runtime.reporting.parts import Tile as Tile
 
 # Keys that every report has, whatever the experiment; a mapping lists the keys inside.
 _KEYS: dict[str, tuple[str, ...]] = {

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from kwjax.errors import DataError, KwjaxError
+from kwjax.runtime.data.tfds import dataset_info, example_serializer, naming, tfds
 from kwjax.runtime.files import PathLike
-from kwjax.runtime.tfds import dataset_info, example_serializer, naming, tfds
 from kwjax.runtime.workdir import LOCK_FILES, lock_workdir
 
 DESCRIPTION_FILE = "dataset_info.json"

@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from kwjax.errors import DataError
-from kwjax.runtime.data_readers import UNREADABLE, ArraySource, Source, checked_pixels
+from kwjax.runtime.data.readers import UNREADABLE, ArraySource, Source, checked_pixels
 
 # MNIST and its drop-in replacements call the test split t10k, EMNIST test; some unpacked files have a dot.
 _IMAGES = re.compile(r"(.*?)(t10k|test|train|[^-]*)-images[-.]idx3-ubyte(\.gz)?")

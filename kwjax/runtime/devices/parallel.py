@@ -27,8 +27,8 @@ from jax import lax
 
 from kwjax.errors import KwjaxError
 from kwjax.kernels.processor import compiler_options
-from kwjax.runtime import placement
-from kwjax.runtime.packing import pack_constants, unpacked
+from kwjax.runtime.devices import placement
+from kwjax.runtime.devices.packing import pack_constants, unpacked
 
 AXIS = "devices"
 

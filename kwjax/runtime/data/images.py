@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from kwjax.errors import DataError
-from kwjax.runtime import data_idx, data_readers
-from kwjax.runtime.data_readers import Source, describe_shape
+from kwjax.runtime.data import idx, readers
+from kwjax.runtime.data.readers import Source, describe_shape
 
 Batch = tuple[np.ndarray, np.ndarray | None, np.ndarray]
 
@@ -109,7 +109,7 @@ def array_data(
   Raises:
     DataError: the arrays have another form.
   """
-  source = data_readers.ArraySource(data_readers.checked_pixels(np.asarray(images), name), name)
+  source = readers.ArraySource(readers.checked_pixels(np.asarray(images), name), name)
   return ImageData(name, checked_labels(labels, source.count, num_classes, name), source.native_shape(), source)
 
 
@@ -161,15 +161,15 @@ def load_data(
   if limit is not None and limit < 1:
     raise DataError(f"limit must be at least 1, got {limit}")
   if path.startswith("tfds:"):
-    from kwjax.runtime import data_tfds
+    from kwjax.runtime.data import tfds_sets
 
-    source, labels = data_tfds.open_tfds(path.removeprefix("tfds:"), split, limit)
+    source, labels = tfds_sets.open_tfds(path.removeprefix("tfds:"), split, limit)
   else:
     place = pathlib.Path(path).expanduser()
-    if idx := data_idx.find_idx(place):
-      source, labels = data_idx.open_idx(place, idx, split)
+    if found := idx.find_idx(place):
+      source, labels = idx.open_idx(place, found, split)
     else:
-      source, labels = data_readers.open_path(place, split, num_classes)
+      source, labels = readers.open_path(place, split, num_classes)
   if not source.count:
     raise DataError(f"{spec} holds no images")
   if limit is not None and limit < source.count:

@@ -1,0 +1,1 @@
+"""Image sets: arrays, folders, archives, idx files and TensorFlow Datasets."""
