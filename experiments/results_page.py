@@ -110,12 +110,12 @@ def notes(folder: pathlib.Path) -> dict[str, str]:
   return found
 
 
-def render(stored: Sequence[Stored], words: Mapping[str, str], *, images: str = "images/results") -> str:
-  """The page; equal reports and words give equal pages.
+def render(stored: Sequence[Stored], notes: Mapping[str, str], *, images: str = "images/results") -> str:
+  """The page; equal reports and notes give equal pages.
 
   Args:
     stored: the reports, in any order.
-    words: about studies, `{study: text}`; `{{STORED | ROW | COLUMN}}` in it stands for a number of ours.
+    notes: texts about studies, `{study: text}`; `{{STORED | ROW | COLUMN}}` in it stands for a number of ours.
     images: folder of the figures, as seen from the page.
 
   Raises:
@@ -127,8 +127,8 @@ def render(stored: Sequence[Stored], words: Mapping[str, str], *, images: str = 
     own = sorted((report for report in stored if report.content["study"] == study), key=lambda report: report.name)
     if not own:
       parts.append(f"{NOT_MEASURED.capitalize()} yet: `python -m {results_store.module_of(study)} --help` says how.\n")
-    if study in words:
-      parts.append(f"{_filled(words[study], study, stored)}\n")
+    if study in notes:
+      parts.append(f"{_filled(notes[study], study, stored)}\n")
     for report in own:
       parts += _report(report, images)
     parts += [_unmeasured(study, known) for known in published.unmeasured(study, own)]

@@ -106,7 +106,7 @@ def build(job: Facts) -> dict[str, Any]:
     "versions": versions(),
     "command": command_line(),
     "classes": _classes(job),
-    **({"notes": notes} if (notes := _notes(lowest, scores[lowest][scheme], tuned)) else {}),
+    **({"notes": notes} if (notes := notes_of(lowest, scores[lowest][scheme], tuned)) else {}),
   }
 
 
@@ -127,7 +127,7 @@ def _classes(job: Facts) -> dict[str, Any]:
   }
 
 
-def _notes(bits: str, before: Score, tuned: Score | None) -> list[str]:
+def notes_of(bits: str, before: Score, tuned: Score | None) -> list[str]:
   """What a reader must not overlook: a fine-tuning that made the student worse, by more than chance does, or is not kept."""
   if tuned is None:
     return []

@@ -22,17 +22,6 @@ SCHEDULES = typing.get_args(Schedule)
 
 # Where they decide only when the host looks or what memory holds; a run may be resumed with others.
 _WITHOUT_EFFECT = ("log_every", "checkpoint_every", "resident_bytes")
-# Left out of the settings at their defaults: runs from before they existed go on.
-_ADDED = (
-  "algorithm",
-  "current",
-  "schedule",
-  "plateau_factor",
-  "plateau_patience",
-  "plateau_steps",
-  "iq_reduction",
-  "target_weight",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +188,7 @@ class DistillConfig:
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _WITHOUT_EFFECT}
     fields["mixup"] = None if self.mixup is None else dataclasses.asdict(self.mixup)
     fields["augment"] = described(self.augment)
-    defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in _ADDED}
-    return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
+    return fields
 
 
 def warmup_cosine(peak: float, steps: int, warmup_steps: int) -> optax.Schedule:

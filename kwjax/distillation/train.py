@@ -20,7 +20,7 @@ from kwjax.runtime.devices.parallel import DeviceGroup, device_group
 from kwjax.runtime.loop import History, fingerprint, open_store
 from kwjax.sources.base import Batch, Source
 from kwjax.sources.fixed import FixedSet, check_images
-from kwjax.sources.run import Words, train_on
+from kwjax.sources.run import RunLabels, train_on
 
 Callback = Callable[[int, dict[str, float], Any], None]
 """`(steps done, metrics of the last one, student)`; the student's arrays are valid during the call only."""
@@ -49,7 +49,7 @@ def distill(
   the weight scales of a fake-quantized student follow its weights. A step updates the source of the images, draws from it
   and updates the student.
 
-  A batch that does not divide over the devices is filled up with images of weight zero. Several processes must all make
+  A batch that does not divide over the devices is padded with images of weight zero. Several processes must all make
   the same call; each forwards its share of every batch, and process 0 keeps the checkpoints.
 
   Args:
@@ -100,7 +100,7 @@ def distill_with_history(
   stages = resolve_stages(student, teacher, config.stages) if config.iq_weight > 0.0 else ()
   config = config.replace(stages=stages)
   _check_layers(teacher, config.current)
-  words = Words("distill", f"distillation from {teacher.name}", watched_terms(stages), _summary)
+  labels = RunLabels("distill", f"distillation from {teacher.name}", watched_terms(stages), _summary)
   with open_store(workdir, "distillation", lambda: _settings(student, teacher, source, config, key)) as store:
     ended = train_on(
       source,
@@ -111,7 +111,7 @@ def distill_with_history(
       key=key,
       group=group,
       store=store,
-      words=words,
+      labels=labels,
       progress=progress,
       callback=callback,
     )

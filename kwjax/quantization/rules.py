@@ -210,15 +210,14 @@ class QuantRules:
     return ", ".join(parts)
 
   def to_json(self) -> dict[str, Any]:
-    """A JSON-able dict for `from_json`. The default `weights_range` is left out, as in older files."""
-    optional = {} if self.weights_range == "minmax" else {"weights_range": self.weights_range}
+    """A JSON-able dict for `from_json`."""
     return {
       "bits": str(self.bits),
       "first_last": None if self.first_last is None else str(self.first_last),
       "overrides": [[pattern, str(bits)] for pattern, bits in self.overrides],
       "weights": self.weights,
       "ranges": self.ranges,
-      **optional,
+      "weights_range": self.weights_range,
     }
 
   @classmethod
@@ -228,8 +227,8 @@ class QuantRules:
     Raises:
       RuleError: the value has other keys or values.
     """
-    expected = [field.name for field in dataclasses.fields(cls) if field.name != "weights_range"]
-    if not isinstance(value, Mapping) or sorted(set(value) - {"weights_range"}) != sorted(expected):
+    expected = [field.name for field in dataclasses.fields(cls)]
+    if not isinstance(value, Mapping) or sorted(value) != sorted(expected):
       found = sorted(value) if isinstance(value, Mapping) else type(value).__name__
       raise RuleError(f"quantization rules need exactly the keys {expected}, found {found}")
     overrides = value["overrides"]
@@ -241,7 +240,7 @@ class QuantRules:
       overrides=[(pattern, bits) for pattern, bits in overrides],
       weights=value["weights"],
       ranges=value["ranges"],
-      weights_range=value.get("weights_range", "minmax"),
+      weights_range=value["weights_range"],
     )
 
 

@@ -84,8 +84,7 @@ def load_quantized(folder: str | pathlib.Path, *, module: nn.Module | None = Non
     if digest is not None:
       _check_digest(folder / file, digest)
   network = load_network(folder, module=module)
-  # Folders of older versions have no clips.
-  clips = _clips(folder, content["clips_sha256"]) if content.get("clips_sha256") else {}
+  clips = _clips(folder, content["clips_sha256"]) if content["clips_sha256"] else {}
   try:
     rules = QuantRules.from_json(content["rules"])
     return quantize(network, rules, Ranges.from_json(content["ranges"]), clips=clips)

@@ -156,7 +156,7 @@ class _Joined:
     return RunState(self.source.fetch(tree.source), self.student.fetch(tree.student))
 
 
-class Words(NamedTuple):
+class RunLabels(NamedTuple):
   """What a run is called.
 
   Attributes:
@@ -182,7 +182,7 @@ def train_on(
   key: Array,
   group: DeviceGroup,
   store: Store,
-  words: Words,
+  labels: RunLabels,
   progress: bool = False,
   callback: Callable[[int, dict[str, float], Any], None] | None = None,
 ) -> Progress[RunState]:
@@ -197,7 +197,7 @@ def train_on(
     key: PRNG key; everything random derives from it and the step.
     group: the devices.
     store: where states go.
-    words: what the run is called.
+    labels: what the run is called.
     progress: show a progress bar.
     callback: called with `(steps done, metrics of the last one, student)` every `config.log_every` steps and after the last.
 
@@ -217,7 +217,7 @@ def train_on(
   begun = store.restore(RunState(_copied(source.init(jax.random.fold_in(key, INIT))), student))
   given, key_placed = (group.replicate(source), group.replicate(teacher)), group.replicate(key)
   structure, shape = jax.tree.structure(source), tuple(source.image_shape)
-  compiled = functools.partial(compiled_step, group, structure, shape, step, config, source_term=len(words.terms))
+  compiled = functools.partial(compiled_step, group, structure, shape, step, config, source_term=len(labels.terms))
 
   def refreshed(done: int, state: RunState) -> RunState:
     phase_key = jax.random.fold_in(jax.random.fold_in(key, REFRESH), done)
@@ -235,15 +235,15 @@ def train_on(
     if callback is not None:
       callback(done, history[-1], group.first(state.student.student))
 
-  with progress_bar(config.steps, words.title, progress) as bar:
+  with progress_bar(config.steps, labels.title, progress) as bar:
     loop = Loop(
       pace=Pace(config.steps, config.log_every, config.log_every, config.checkpoint_every),
       store=store,
       layout=layout,
-      subject=words.subject,
-      terms=(*words.terms, SOURCE_TERM),
+      subject=labels.subject,
+      terms=(*labels.terms, SOURCE_TERM),
       bar=bar,
-      summary=lambda row, speed: f"{words.summary(row)}, {speed * n:.0f} images/s",
+      summary=lambda row, speed: f"{labels.summary(row)}, {speed * n:.0f} images/s",
       on_log=on_log,
     )
     return loop.finish(begun, advance)

@@ -23,7 +23,7 @@ RADII = (0.03, 1.0)
 """Smallest and largest radius of a leaf, as a share of the longer side of the image."""
 
 MAX_LEAVES = 5000
-_CHUNK = 32  # leaves drawn and tested at a time
+CHUNK = 32  # leaves drawn and tested at a time
 _WORDS = 9  # random numbers for each leaf: radius, centre, kind, turn, corners
 _FEW = 32  # pixels; below, gathering the uncovered ones costs more than it saves
 _PARTS = (1, 2, 8)  # share of the pixels that a pass tests; each pass is compiled
@@ -32,7 +32,7 @@ _TOGETHER = 64  # images at a time: they stay in the cache, and few wait for the
 
 
 @functools.cache
-def _radius_table(smallest: float, largest: float) -> np.ndarray:
+def radius_table(smallest: float, largest: float) -> np.ndarray:
   """Quantiles of the radii at equal steps, for the density r^-3 - largest^-3."""
   radii = np.linspace(smallest, largest, 20_000)
   cumulative = np.cumsum(radii**-3.0 - largest**-3.0)
@@ -150,15 +150,15 @@ def lay_leaves(
   )
 
   def leaves(number: Array) -> list[list[Array]]:
-    bits = jax.vmap(lambda k: jax.random.bits(jax.random.fold_in(k, number), (_WORDS, _CHUNK)))(shape_keys)
+    bits = jax.vmap(lambda k: jax.random.bits(jax.random.fold_in(k, number), (_WORDS, CHUNK)))(shape_keys)
     return _edges(bits, height, width, kinds, radii)
 
   def step(carry: _Carry, where: Array) -> _Carry:
     number, winner, edges = carry
     hit = _first_hit(edges, *_coordinates(where, height, width))
-    found = (winner == _NONE) & (hit < _CHUNK) & (number + hit < max_leaves)
+    found = (winner == _NONE) & (hit < CHUNK) & (number + hit < max_leaves)
     # The next leaves are drawn one step ahead: XLA:CPU would fuse drawing and testing, and draw again for every pixel.
-    return number + _CHUNK, jnp.where(found, number + hit, winner), leaves(number + _CHUNK)
+    return number + CHUNK, jnp.where(found, number + hit, winner), leaves(number + CHUNK)
 
   number, edges = jnp.int32(0), leaves(jnp.int32(0))
   where = jnp.broadcast_to(jnp.arange(pixels), (count, pixels))
@@ -180,7 +180,7 @@ def lay_leaves(
       local = jnp.where(where < pixels, _NONE, 0)
 
   def colour(key: Array, leaf: Array) -> Array:
-    return _uniform(jax.random.bits(jax.random.fold_in(key, leaf), (channels,)))
+    return to_unit_interval(jax.random.bits(jax.random.fold_in(key, leaf), (channels,)))
 
   colours = jax.vmap(jax.vmap(colour, (None, 0)))(colour_keys, jnp.maximum(winners, 0))
   return jnp.where(winners[..., None] == _NONE, 0.0, colours).reshape(count, height, width, channels)
@@ -223,8 +223,8 @@ def _edges(
     kinds: indices into `LEAF_SHAPES` to choose from.
     radii: smallest and largest, as shares of the longer side.
   """
-  draw = [_uniform(bits[:, word]) for word in range(_WORDS)]
-  table = jnp.asarray(_radius_table(*radii))
+  draw = [to_unit_interval(bits[:, word]) for word in range(_WORDS)]
+  table = jnp.asarray(radius_table(*radii))
   radius = jnp.maximum(table[(draw[0] * table.shape[0]).astype(jnp.int32)] * max(height, width), 1.0)
   centre_y, centre_x = (draw[1] - 0.5) * height, (draw[2] - 0.5) * width
   kind = jnp.asarray(kinds)[(draw[3] * len(kinds)).astype(jnp.int32)]
@@ -243,7 +243,7 @@ def _edges(
   return edges
 
 
-def _uniform(bits: Array) -> Array:
+def to_unit_interval(bits: Array) -> Array:
   """u32 -> f32 in [0, 1), multiples of 2^-24."""
   return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 

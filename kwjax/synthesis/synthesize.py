@@ -90,7 +90,7 @@ def synthesize(
   With a working folder, finished batches and the state of the current one are kept there: killed at any moment and called
   again with the same arguments, it ends with bit-identical images.
 
-  Over several devices a batch that does not divide is filled up with images of weight zero, so that what is made does not
+  Over several devices a batch that does not divide is padded with images of weight zero, so that what is made does not
   depend on their number. Of several processes each holds and stores its share of the images; all must make the same
   call, see the same working folder, and get all the images.
 

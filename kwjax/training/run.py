@@ -17,7 +17,7 @@ from kwjax.runtime.evaluate import Devices
 from kwjax.runtime.loop import History, fingerprint, open_store
 from kwjax.sources.base import Batch
 from kwjax.sources.fixed import FixedSet, check_images
-from kwjax.sources.run import Words, train_on
+from kwjax.sources.run import RunLabels, train_on
 from kwjax.training.step import TERMS, TrainConfig, train_step
 
 Callback = Callable[[int, dict[str, float], Network], None]
@@ -38,7 +38,7 @@ def train(
 ) -> Network:
   """Train a network on labelled images with cross-entropy and SGD; BatchNorm's statistics are those of all devices.
 
-  A batch that does not divide over the devices is filled up with images of weight zero. Several processes must all make
+  A batch that does not divide over the devices is padded with images of weight zero. Several processes must all make
   the same call; each forwards its share of every batch, and process 0 keeps the checkpoints.
 
   Args:
@@ -111,7 +111,7 @@ def train_with_history(
       key=key,
       group=group,
       store=store,
-      words=Words("train", f"training of {network.name}", TERMS, _summary),
+      labels=RunLabels("train", f"training of {network.name}", TERMS, _summary),
       progress=progress,
       callback=callback,
     )

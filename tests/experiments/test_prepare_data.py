@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 
 from experiments import prepare_data
 from experiments._harness.archives import RECIPES
-from experiments._harness.archives.imagenet import _wnids
+from experiments._harness.archives.imagenet import wnids as class_folders
 from experiments._harness.archives.numpy_pickle import load_numpy_pickle
 from kwjax import load_data
 from kwjax.errors import DataError
@@ -334,7 +334,7 @@ def jpeg(mode: str = "RGB", size: tuple[int, int] = (40, 30), form: str = "jpeg"
 
 
 def test_imagenet_tars(tmp_path: pathlib.Path, data_dir: pathlib.Path) -> None:
-  wnids = _wnids()
+  wnids = class_folders()
   modes = {"n01440764_1.JPEG": "RGB", "n01440764_2.JPEG": "L", "n01440764_3.JPEG": "CMYK"}
   train = {
     wnids[0]: {name: jpeg(mode) for name, mode in modes.items()},
@@ -364,7 +364,7 @@ def test_imagenet_tars(tmp_path: pathlib.Path, data_dir: pathlib.Path) -> None:
 
 
 def test_imagenet_folders(tmp_path: pathlib.Path, data_dir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-  wnids = _wnids()
+  wnids = class_folders()
   for name in (f"val/{wnids[5]}/ILSVRC2012_val_00000009.JPEG", f"val/{wnids[7]}/x.JPEG"):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(jpeg())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kwjax.analysis.scoring import Score, is_closer
-from kwjax.cli.compress_report import _notes
+from kwjax.cli.compress_report import notes_of
 from kwjax.runtime.evaluate import Accuracy, Agreement
 
 
@@ -28,10 +28,10 @@ def score(kind: str, top1: float, count: int) -> Score:
 def test_a_fine_tuning_that_made_things_worse_is_said(
   kind: str, before: float, after: float, count: int, said: str
 ) -> None:
-  notes = _notes("4w4a", score(kind, before, count), score(kind, after, count))
+  notes = notes_of("4w4a", score(kind, before, count), score(kind, after, count))
   assert len(notes) == bool(said) + (kind == "held_out")
   assert said in "".join(notes)
-  assert _notes("4w4a", score(kind, before, count), None) == []
+  assert notes_of("4w4a", score(kind, before, count), None) == []
 
 
 def test_what_fine_tuning_brings_no_closer_is_not_kept() -> None:
@@ -40,9 +40,9 @@ def test_what_fine_tuning_brings_no_closer_is_not_kept() -> None:
   assert not is_closer(far, near)
   assert not is_closer(near, near)
   assert is_closer(score("accuracy", 0.1, 16), score("accuracy", 0.9, 16)), "labels are for the report alone"
-  (note,) = _notes("4w4a", near, far)
+  (note,) = notes_of("4w4a", near, far)
   assert note == (
     "The calibrated 4w4a is the one that is saved: fine-tuning took its KL from the float network on the held-out images "
     "from 0.1 to 0.11 nats."
   )
-  assert _notes("4w4a", far, near) == []
+  assert notes_of("4w4a", far, near) == []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kwjax.errors import KwjaxError
-from kwjax.quantization.equalization import Pair, _candidates, equalize, find_pairs
+from kwjax.quantization.equalization import Pair, equalize, find_pairs
 
 logits_of = jax.jit(lambda network, images: network.apply(images))
 
@@ -79,9 +79,9 @@ def test_residual_additions_are_left_alone(network):
 
 
 def test_what_has_no_place_for_a_scale_is_named(stacked_networks, make_network):
-  found, unsupported = _candidates(stacked_networks["scan"])
-  assert found == []
-  assert any("stacked" in reason for reason in unsupported.values())
+  found = find_pairs(stacked_networks["scan"])
+  assert not found.found
+  assert any("stacked" in reason for reason in found.unsupported.values())
 
   class Flat(nn.Module):
     @nn.compact
@@ -89,7 +89,7 @@ def test_what_has_no_place_for_a_scale_is_named(stacked_networks, make_network):
       x = nn.relu(nn.Conv(3, (3, 3), name="conv")(x))
       return nn.Dense(4, name="fc")(x.reshape(x.shape[0], -1))
 
-  assert "takes 48 channels, conv gives 3" in _candidates(make_network(Flat(), (4, 4, 3)))[1]["conv -> fc"]
+  assert "takes 48 channels, conv gives 3" in find_pairs(make_network(Flat(), (4, 4, 3))).unsupported["conv -> fc"]
   with pytest.raises(KwjaxError, match="criterion"):
     equalize(stacked_networks["scan"], criterion="energy")
 

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kwjax.errors import KwjaxError
 from kwjax.synthesis import LEAF_SHAPES, dead_leaves
-from kwjax.synthesis import dead_leaves_model as leaves
-from kwjax.synthesis.dead_leaves_model import _corners, _direction, _radius_table, _sorted, _uniform
+from kwjax.synthesis.dead_leaves_model import CHUNK, RADII, radius_table, to_unit_interval
 
 
 def painted(key: jax.Array, index: int, shape: tuple[int, int, int], kinds: tuple[int, ...], count: int) -> np.ndarray:
   """One image leaf by leaf from the back to the front, in float64, from the same random numbers."""
   height, width, channels = shape
   shape_key, colour_key = (jax.random.fold_in(part, index) for part in jax.random.split(key))
-  table = _radius_table(*leaves.RADII)
+  table = radius_table(*RADII)
   y, x = np.mgrid[:height, :width].astype(float)
   image = np.zeros(shape, np.float32)
   for number in reversed(range(count)):
-    chunk, place = divmod(number, leaves._CHUNK)
-    bits = jax.random.bits(jax.random.fold_in(shape_key, chunk * leaves._CHUNK), (9, leaves._CHUNK))[:, place]
-    u = np.asarray(_uniform(bits), np.float64)
+    chunk, place = divmod(number, CHUNK)
+    bits = jax.random.bits(jax.random.fold_in(shape_key, chunk * CHUNK), (9, CHUNK))[:, place]
+    u = np.asarray(to_unit_interval(bits), np.float64)
     radius = max(float(table[int(u[0] * 4096)]) * max(height, width), 1.0)
     cy, cx = u[1] * height, u[2] * width
     kind = kinds[int(u[3] * len(kinds))]
@@ -41,7 +39,7 @@ def painted(key: jax.Array, index: int, shape: tuple[int, int, int], kinds: tupl
       inside = np.ones(y.shape, bool)
       for (y0, x0), (y1, x1) in zip(corners, np.roll(corners, -1, 0), strict=True):
         inside &= (x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) >= 0
-    colour = _uniform(jax.random.bits(jax.random.fold_in(colour_key, number), (channels,)))
+    colour = to_unit_interval(jax.random.bits(jax.random.fold_in(colour_key, number), (channels,)))
     image[inside] = np.asarray(colour)
   return image
 
@@ -58,24 +56,12 @@ def test_front_to_back_is_what_a_painter_makes_back_to_front(shape: str) -> None
 
 def test_radii_follow_the_power_law() -> None:
   for low_bound, high_bound in ((0.03, 1.0), (0.1, 0.4)):
-    radii = _radius_table(low_bound, high_bound)
+    radii = radius_table(low_bound, high_bound)
     fine = np.linspace(low_bound, high_bound, 100_000)
     density = fine**-3 - high_bound**-3
     for low, high in ((low_bound, 1.5 * low_bound), (1.5 * low_bound, 3 * low_bound), (3 * low_bound, high_bound)):
       expected = density[(fine >= low) & (fine < high)].sum() / density.sum()
       assert abs(((radii >= low) & (radii < high)).mean() - expected) < 0.03
-
-
-def test_sine_cosine_and_order() -> None:
-  turns = jnp.linspace(-1.3, 2.1, 2001)
-  sine, cosine = _direction(turns)
-  np.testing.assert_allclose(sine, np.sin(2 * np.pi * np.asarray(turns, np.float64)), atol=3e-5)
-  np.testing.assert_allclose(cosine, np.cos(2 * np.pi * np.asarray(turns, np.float64)), atol=3e-5)
-  four = jax.random.uniform(jax.random.key(0), (4, 100))
-  np.testing.assert_array_equal(jnp.stack(_sorted(*four)), jnp.sort(four, axis=0))
-  for kind in range(1, 6):
-    places = jnp.stack(_corners(jnp.full((100,), kind), four[0], list(four)))
-    assert (jnp.diff(places, axis=0) >= 0).all(), f"corners of {LEAF_SHAPES[kind]} run round the circle in order"
 
 
 def test_images_are_flat_coloured_covered_and_reproducible() -> None:

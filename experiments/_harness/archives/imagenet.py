@@ -49,7 +49,7 @@ def _records(path: pathlib.Path, split: str) -> Records:
     images = [_Image(n, _validation_label(path, n), load) for n, load in _tar_files(path)]
   if not images:
     raise DataError(f"{path} holds no images")
-  known = set(_wnids())
+  known = set(wnids())
   for image in images:
     if image.label not in known:
       raise DataError(f"{path}: {image.label} is none of the 1000 ImageNet classes (n01440764, ...)")
@@ -61,7 +61,7 @@ def _records(path: pathlib.Path, split: str) -> Records:
   return Records([image.name for image in images], example)
 
 
-def _wnids() -> list[str]:
+def wnids() -> list[str]:
   return tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
 
 
