@@ -53,6 +53,7 @@ def save_quantized(quantized: QuantizedNetwork, folder: str | pathlib.Path) -> N
     "ranges": quantized.ranges.to_json(),
     "weights_sha256": sha256_file(folder / WEIGHTS_FILE),
     "integer_sha256": None,
+    "clips_sha256": None,
   }
   clips = {
     f"{layer}/{end}": np.asarray(getattr(clip, end)) for layer, clip in quantized.clips.items() for end in Clip._fields
