@@ -12,4 +12,6 @@ def relaunch_with_huge_pages() -> None:
   package = importlib.util.find_spec("kwjax")
   assert package is not None
   assert package.origin is not None
-  runpy.run_path(str(pathlib.Path(package.origin).parent / "runtime" / "launch.py"))["relaunch_with_huge_pages"]()
+  runpy.run_path(str(pathlib.Path(package.origin).parent / "runtime" / "devices" / "launch.py"))[
+    "relaunch_with_huge_pages"
+  ]()
