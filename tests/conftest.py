@@ -25,7 +25,7 @@ import pytest
 
 from kwjax import kernels
 
-WITH_KERNELS = ("kernels", "models", "foreign", "weights_conversion", "runtime", "export", "tests")
+WITH_KERNELS = ("kernels", "models", "weights_conversion", "runtime", "export", "tests")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kwjax import intercept
+from kwjax import intercept, kernels
 from kwjax.errors import DataError, Interrupted, KwjaxError, NonFiniteError
 from kwjax.models import get_model
 from kwjax.quantization import QuantRules, Ranges, RangeTable, calibrate, draws, observe_ranges, ranges_from
@@ -51,7 +51,8 @@ def test_extremes_by_fewer_products_are_those_of_the_network_to_a_hundred_thousa
   # Layers of 32 channels, which are Winograd's while extremes are observed and never where a network answers.
   network = make_network(get_model("resnet20", num_classes=10), (16, 16, 3))
   images = np.random.default_rng(3).random((6, 16, 16, 3), np.float32)
-  table = observe_ranges(network, images)
+  with kernels.enabled(True):
+    table = observe_ranges(network, images)
   _, recorded = jax.jit(recording_extremes(network.forward, network))(network.variables, images)
   exact = {name: calls[0] for name, calls in intercept.collect(recorded, "extremes").items()}
   last = list(table)[-1]

@@ -102,7 +102,7 @@ def test_a_refusal_of_jax_is_one_sentence(calls: list[tuple], monkeypatch: pytes
 def test_who_does_not_come_is_missed(index: int) -> None:
   with socket.create_server(("127.0.0.1", 0)) as server:
     address = f"127.0.0.1:{server.getsockname()[1]}"
-  start = "from kwjax.runtime import processes as p; p._START_SECONDS = 2"
+  start = "from kwjax.runtime.devices import processes as p; p._START_SECONDS = 2"
   code = f"{start}; p.initialize({address!r}, 2, {index})"
   ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
   assert ended.returncode == 2
