@@ -62,7 +62,8 @@ def image_grid(
     canvas[top : top + height, left : left + width] = pixels[i]
     corners.append((left, top))
   # The figure has exactly the canvas's pixels, and figimage copies without resampling.
-  figure = Figure(figsize=(canvas.shape[1] / 100, canvas.shape[0] / 100), dpi=100)
+  # A thousandth of a pixel more: older releases of matplotlib cut 405.99999 pixels off to 405.
+  figure = Figure(figsize=((canvas.shape[1] + 1e-3) / 100, (canvas.shape[0] + 1e-3) / 100), dpi=100)
   figure.figimage(canvas, origin="upper")
   for text, (left, top) in zip(titles or (), corners):
     size = min(10.0, 72 / 100 * 1.7 * width / max(len(text), 1))
