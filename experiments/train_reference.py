@@ -37,7 +37,7 @@ from kwjax.cli.command import in_workdir, run_command, start
 from kwjax.errors import KwjaxError
 from kwjax.models import get_model, model_info
 from kwjax.network import Network, save_network
-from kwjax.runtime.data.images import ImageData, load_data
+from kwjax.runtime.data import ImageData, load_data
 from kwjax.runtime.devices import processes
 from kwjax.runtime.devices.parallel import DeviceGroup
 from kwjax.runtime.evaluate import evaluate, wilson_interval

@@ -43,7 +43,7 @@ from kwjax.quantization import (
   quantize,
   save_quantized,
 )
-from kwjax.runtime.data.images import load_data
+from kwjax.runtime.data import load_data
 from kwjax.runtime.evaluate import Accuracy, Agreement, agreement, evaluate
 from kwjax.sources import Batch, FixedSet, FreshNoise, Pixels, Source
 from kwjax.synthesis import (

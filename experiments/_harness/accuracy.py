@@ -8,7 +8,7 @@ from kwjax.compression.workspace import Workspace
 from kwjax.errors import DataError
 from kwjax.network import Network
 from kwjax.quantization import QuantizedNetwork
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.evaluate import score
 
 

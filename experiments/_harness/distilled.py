@@ -17,7 +17,7 @@ from kwjax.distillation import DistillConfig
 from kwjax.intercept import Forwardable
 from kwjax.network import Network, fingerprint
 from kwjax.quantization import QuantRules
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 
 
 def quantization_rules(setup: Setup, bits: str, first_last: str) -> QuantRules:

@@ -22,7 +22,7 @@ from kwjax.compression.workspace import (
 )
 from kwjax.network import Network, fingerprint
 from kwjax.quantization import QuantizedNetwork, QuantRules, RangeTable, quantize, ranges_from
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.identity import digest, identity, short_name
 from kwjax.synthesis import SynthesisConfig
 

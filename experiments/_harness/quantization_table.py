@@ -15,7 +15,7 @@ from kwjax.cli.options import ByPreset
 from kwjax.compression.workspace import GAUSSIAN, REAL, Workspace
 from kwjax.quantization import QuantRules
 from kwjax.runtime import cost
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 
 ROWS = (REAL, "bns", "inception", "bns+inception", GAUSSIAN)
 KD = "KD-"

@@ -13,7 +13,7 @@ from kwjax.compression.workspace import REAL
 from kwjax.distillation import DistillConfig
 from kwjax.errors import KwjaxError
 from kwjax.network import Network
-from kwjax.runtime.data.images import ImageData, load_data
+from kwjax.runtime.data import ImageData, load_data
 from kwjax.runtime.devices import memory
 from kwjax.runtime.devices.parallel import DeviceGroup
 from kwjax.synthesis import SynthesisConfig

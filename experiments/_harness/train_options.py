@@ -12,7 +12,7 @@ import tyro
 from kwjax.cli.options import ByPreset, Preset
 from kwjax.errors import KwjaxError
 from kwjax.models import known_models, model_info
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.synthesis import Augmentation
 from kwjax.training import TrainConfig
 

@@ -11,7 +11,7 @@ from kwjax.compression.workspace import Workspace
 from kwjax.network import Network
 from kwjax.quantization import QuantizedNetwork
 from kwjax.quantization.methods import PAPER, Method
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.evaluate import predict, score_logits
 
 DRAWS = ("steps", "batch_size")

@@ -45,7 +45,7 @@ from kwjax.compression.workspace import CALIBRATION_KEY, GAUSSIAN, REAL, Workspa
 from kwjax.quantization import QuantRules
 from kwjax.quantization.methods import PAPER, Method
 from kwjax.runtime import cost
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 
 METHODS: dict[str, Method] = {
   "paper": PAPER,

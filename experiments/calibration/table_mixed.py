@@ -52,7 +52,7 @@ from kwjax.quantization import Allocation, QuantRules, Sensitivity, allocate_fro
 from kwjax.quantization.allocate import CANDIDATES, Budget
 from kwjax.quantization.methods import BEST, PAPER, Method
 from kwjax.runtime import cost
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.reporting.messages import log
 from kwjax.runtime.reporting.report import Picture
 

@@ -58,7 +58,7 @@ from kwjax.distillation import DistillConfig
 from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantRules
 from kwjax.runtime import cost
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.reporting.messages import log
 from kwjax.synthesis import SynthesisConfig
 

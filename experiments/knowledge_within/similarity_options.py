@@ -25,7 +25,7 @@ from experiments.knowledge_within.similarity_sets import (
 from kwjax.cli.options import config_of, sizes
 from kwjax.errors import DataError, KwjaxError
 from kwjax.network import Network, load_network
-from kwjax.runtime.data.images import load_data
+from kwjax.runtime.data import load_data
 
 _COUNTS = {"cpu": 2000, "smoke": 2 * GROUP, "paper": None}
 _RESERVED = (TRAIN, RANDOM, GAUSSIAN, FGSM)

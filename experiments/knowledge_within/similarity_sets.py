@@ -20,7 +20,7 @@ from kwjax.compression.images import similarity
 from kwjax.compression.workspace import GAUSSIAN_KEY, Workspace, stream_key
 from kwjax.errors import KwjaxError
 from kwjax.network import Network, fingerprint
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.devices import processes
 from kwjax.runtime.evaluate import predict
 from kwjax.synthesis import gaussian_images

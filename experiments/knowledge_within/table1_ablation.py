@@ -63,7 +63,7 @@ from kwjax.distillation import Mixup
 from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantRules
 from kwjax.runtime import cost
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.reporting.messages import log
 
 # Column: whether IQ is in the loss, whether images are mixed.

@@ -47,7 +47,7 @@ from kwjax.errors import KwjaxError
 from kwjax.network import Network, Variables
 from kwjax.quantization import QuantRules
 from kwjax.runtime import cost
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 
 SOURCES = (REAL, "bns", "bns+inception")
 KL, CE = "KL", "CE"

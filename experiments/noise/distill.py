@@ -61,7 +61,7 @@ from kwjax.distillation import DistillConfig
 from kwjax.errors import KwjaxError
 from kwjax.network import fingerprint
 from kwjax.runtime import cost
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.reporting.report import Picture
 
 _POOL = {"cpu": 8192, "paper": 50_176, "smoke": 32}

@@ -16,7 +16,7 @@ from kwjax.compression.workspace import DISTILL_KEY, GAUSSIAN_KEY, Workspace, st
 from kwjax.distillation import DistillConfig, distill
 from kwjax.models import get_model
 from kwjax.network import Network
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.devices.forwarding import forward_batches
 from kwjax.runtime.reporting.messages import log
 from kwjax.sources import FreshNoise

@@ -11,7 +11,7 @@ import numpy as np
 
 from kwjax.network import Network
 from kwjax.quantization import QuantizedNetwork
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.devices.parallel import DeviceGroup
 from kwjax.runtime.evaluate import Accuracy, Agreement, predict, score_logits
 

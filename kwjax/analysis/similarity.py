@@ -13,7 +13,7 @@ from kwjax.batchnorm import Moments, bns_loss, gaussian_kl, observe, reference_m
 from kwjax.batchnorm.moments import Pooled, merge_layers, over_processes
 from kwjax.errors import DataError
 from kwjax.network import Network
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.devices.forwarding import forward_batches
 from kwjax.runtime.devices.parallel import Devices
 

@@ -27,7 +27,7 @@ from kwjax.compression.workspace import GAUSSIAN, REAL, SYNTHESIS_KEY, Workspace
 from kwjax.network import Network
 from kwjax.optional import require
 from kwjax.quantization import save_quantized
-from kwjax.runtime.data.images import ImageData, load_data
+from kwjax.runtime.data import ImageData, load_data
 from kwjax.runtime.devices import memory, processes
 from kwjax.runtime.reporting.messages import log
 from kwjax.runtime.reporting.tensorboard import open_log

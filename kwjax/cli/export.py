@@ -29,7 +29,7 @@ from kwjax.export.tensors import run_integer
 from kwjax.export.verify import Run, in_batches, network_runner
 from kwjax.network import Network
 from kwjax.quantization import QuantizedNetwork
-from kwjax.runtime.data.images import ImageData, load_data
+from kwjax.runtime.data import ImageData, load_data
 from kwjax.runtime.files import read_sealed_json
 from kwjax.runtime.reporting.messages import log
 from kwjax.synthesis.store import ImageStore

@@ -15,7 +15,7 @@ from kwjax.batchnorm import INPUT
 from kwjax.cli.command import load_any, start
 from kwjax.errors import NoBatchNormError
 from kwjax.network import Network
-from kwjax.runtime.data.images import ImageData, load_data
+from kwjax.runtime.data import ImageData, load_data
 from kwjax.runtime.devices.parallel import DeviceGroup
 from kwjax.runtime.evaluate import evaluate, wilson_interval
 from kwjax.runtime.reporting.messages import log

@@ -12,7 +12,7 @@ from kwjax.batchnorm import INPUT
 from kwjax.compression import event_log
 from kwjax.compression.workspace import Workspace
 from kwjax.errors import NoBatchNormError
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.devices import processes
 from kwjax.runtime.evaluate import predict
 from kwjax.synthesis import SampleSet, SynthesisConfig, synthesize

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kwjax.runtime.data.images import ImageData
+from kwjax.runtime.data import ImageData
 from kwjax.runtime.files import canonical_json, sha256_file
 
 _SAMPLED = 32

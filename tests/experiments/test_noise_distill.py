@@ -20,7 +20,7 @@ from experiments.noise.student import Recipe, current_top1
 from kwjax.cli.options import sizes
 from kwjax.compression.workspace import Workspace
 from kwjax.errors import KwjaxError
-from kwjax.runtime.data.images import load_data
+from kwjax.runtime.data import load_data
 from kwjax.runtime.devices.parallel import device_group
 from kwjax.runtime.result_store import ResultStore
 from kwjax.sources import FreshNoise

@@ -14,7 +14,7 @@ import pytest
 import kwjax
 from experiments import train_reference
 from experiments.train_reference import architecture, channel_statistics, main
-from kwjax.runtime.data.images import load_data
+from kwjax.runtime.data import load_data
 
 
 @pytest.fixture(scope="module")

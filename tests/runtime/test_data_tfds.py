@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from kwjax.errors import DataError
-from kwjax.runtime.data.images import load_data
+from kwjax.runtime.data import load_data
 
 _GREY = np.random.default_rng(7).integers(0, 256, (5, 28, 28, 1), dtype=np.uint8)
 

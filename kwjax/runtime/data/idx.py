@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from kwjax.errors import DataError
-from kwjax.runtime.data.readers import UNREADABLE, ArraySource, Source, checked_pixels
+from kwjax.runtime.data.readers import UNREADABLE, ArrayReader, Reader, checked_pixels
 
 # MNIST and its drop-in replacements call the test split t10k, EMNIST test; some unpacked files have a dot.
 _IMAGES = re.compile(r"(.*?)(t10k|test|train|[^-]*)-images[-.]idx3-ubyte(\.gz)?")
@@ -27,7 +27,7 @@ def find_idx(path: pathlib.Path) -> list[pathlib.Path]:
   return sorted(p for p in folder.iterdir() if p.name.startswith(prefix) and _IMAGES.fullmatch(p.name))
 
 
-def open_idx(path: pathlib.Path, found: list[pathlib.Path], split: str | None) -> tuple[Source, np.ndarray | None]:
+def open_idx(path: pathlib.Path, found: list[pathlib.Path], split: str | None) -> tuple[Reader, np.ndarray | None]:
   """Open the images of one split, and the labels if their file exists; grey images can be read as RGB.
 
   Args:
@@ -60,13 +60,13 @@ def _split_name(path: pathlib.Path) -> str:
   return match[2] if match else ""
 
 
-def _open_pair(path: pathlib.Path) -> tuple[Source, np.ndarray | None]:
+def _open_pair(path: pathlib.Path) -> tuple[Reader, np.ndarray | None]:
   images = read_idx(path)
   if images.ndim != 3:
     raise DataError(f"{path}: expected images [n,h,w], found an idx file of {images.ndim} axes")
   labels_path = path.with_name(re.sub(r"images([-.])idx3", r"labels\1idx1", path.name))
   labels = read_idx(labels_path) if labels_path.exists() else None
-  return ArraySource(checked_pixels(images[..., None], path.name), path.name, grey_to_rgb=True), labels
+  return ArrayReader(checked_pixels(images[..., None], path.name), path.name, grey_to_rgb=True), labels
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kwjax.errors import DataError
 from kwjax.runtime.data import idx, readers
-from kwjax.runtime.data.readers import Source, describe_shape
+from kwjax.runtime.data.readers import Reader, describe_shape
 
 Batch = tuple[np.ndarray, np.ndarray | None, np.ndarray]
 
@@ -30,7 +30,7 @@ class ImageData:
   name: str
   labels: np.ndarray | None
   image_shape: tuple[int, int, int]
-  source: Source = dataclasses.field(repr=False)
+  source: Reader = dataclasses.field(repr=False)
 
   def __len__(self) -> int:
     """Number of images."""
@@ -109,7 +109,7 @@ def array_data(
   Raises:
     DataError: the arrays have another form.
   """
-  source = readers.ArraySource(readers.checked_pixels(np.asarray(images), name), name)
+  source = readers.ArrayReader(readers.checked_pixels(np.asarray(images), name), name)
   return ImageData(name, checked_labels(labels, source.count, num_classes, name), source.native_shape(), source)
 
 

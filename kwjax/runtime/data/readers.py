@@ -37,7 +37,7 @@ UNREADABLE = (
 Shape = tuple[int, int, int]
 
 
-class Source(Protocol):
+class Reader(Protocol):
   """Images by number."""
 
   @property
@@ -52,7 +52,7 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ArraySource:
+class ArrayReader:
   """Images uint8[n,h,w,c] or f32[n,h,w,c] in [0, 1]; `grey_to_rgb` repeats a grey channel where 3 are wanted."""
 
   pixels: np.ndarray
@@ -75,7 +75,7 @@ class ArraySource:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileSource:
+class FileReader:
   """Encoded images by name; `load` returns the bytes of one."""
 
   place: str
@@ -198,7 +198,7 @@ def checked_pixels(images: np.ndarray, name: str) -> np.ndarray:
   return images.astype(np.float32 if upper == 1 else np.uint8)
 
 
-def open_path(path: pathlib.Path, split: str | None, num_classes: int | None) -> tuple[Source, np.ndarray | None]:
+def open_path(path: pathlib.Path, split: str | None, num_classes: int | None) -> tuple[Reader, np.ndarray | None]:
   """Open an .npz, a zip or a folder as `load_data` describes; labels are not checked yet.
 
   Raises:
@@ -243,12 +243,12 @@ def _names_below(folder: pathlib.Path) -> list[str]:
 
 def _open_files(
   place: str, names: list[str], load: Callable[[str], bytes], num_classes: int | None
-) -> tuple[Source, np.ndarray | None]:
+) -> tuple[Reader, np.ndarray | None]:
   names = [n for n in names if not any(part.startswith(_IGNORED) for part in n.split("/"))]
   if not names:
     raise DataError(f"{place} holds no images ({', '.join(sorted(_SUFFIXES))})")
   parents = sorted({n.rpartition("/")[0] for n in names})
-  source = FileSource(place, tuple(names), load)
+  source = FileReader(place, tuple(names), load)
   if len(parents) == 1:
     matches = [re.match(r"(\d+)_", n.rpartition("/")[2]) for n in names]
     if not any(matches):
@@ -275,7 +275,7 @@ def _class_indices(folders: list[str], num_classes: int | None, place: str) -> d
   return {folder: i for i, folder in enumerate(sorted(folders))}
 
 
-def _open_npz(path: pathlib.Path, split: str | None) -> tuple[Source, np.ndarray | None]:
+def _open_npz(path: pathlib.Path, split: str | None) -> tuple[Reader, np.ndarray | None]:
   try:
     # np.load leaves a path open that is no archive.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -287,7 +287,7 @@ def _open_npz(path: pathlib.Path, split: str | None) -> tuple[Source, np.ndarray
     raise DataError(f"cannot read {path}: {error}") from error
   assert images is not None
   name = f"{path.name}, {keys[0]}"
-  return ArraySource(checked_pixels(images, name), name), labels
+  return ArrayReader(checked_pixels(images, name), name), labels
 
 
 def _npz_keys(path: pathlib.Path, keys: list[str], split: str | None) -> tuple[str, str | None]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kwjax.errors import DataError
-from kwjax.runtime.data.readers import Shape, Source, decode, fit
+from kwjax.runtime.data.readers import Reader, Shape, decode, fit
 from kwjax.runtime.data.tfds import tfds
 from kwjax.runtime.data.tfds_writer import is_data_set
 
@@ -21,7 +21,7 @@ _ORDER = ("test", "validation", "train")
 
 
 @dataclasses.dataclass(frozen=True)
-class TfdsSource:
+class TfdsReader:
   """Examples with an `image`, by index; grey images are repeated if three channels are wanted.
 
   Attributes:
@@ -68,7 +68,7 @@ class TfdsSource:
     return pixels
 
 
-def open_tfds(name: str, split: str | None, limit: int | None) -> tuple[Source, np.ndarray | None]:
+def open_tfds(name: str, split: str | None, limit: int | None) -> tuple[Reader, np.ndarray | None]:
   """Open a prepared data set.
 
   Args:
@@ -113,7 +113,7 @@ def _builder(name: str) -> Any:
     raise DataError(f"tensorflow-datasets knows no data set {name}: {str(error).splitlines()[0]}") from error
 
 
-def _open_split(builder: Any, name: str, split: str, limit: int | None) -> tuple[Source, np.ndarray | None]:
+def _open_split(builder: Any, name: str, split: str, limit: int | None) -> tuple[Reader, np.ndarray | None]:
   features = builder.info.features
   image = features["image"]
   is_image = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8 and image.shape[-1] in (1, 3)
@@ -130,7 +130,7 @@ def _open_split(builder: Any, name: str, split: str, limit: int | None) -> tuple
     raise DataError(f"tfds:{name} has no split {split}: {str(error).splitlines()[0]}") from error
   except (NotImplementedError, KeyError, OSError, AssertionError) as error:
     raise DataError(_how_to_prepare(name, builder)) from error
-  source = TfdsSource(name, examples, count, channels, None in image.shape)
+  source = TfdsReader(name, examples, count, channels, None in image.shape)
   if "label" not in features or not count:
     return source, None
   # Labels are read without decoding the images, which would double the time of a run over a large set.
