@@ -112,6 +112,15 @@ class Scorer:
         found["accuracy"] = dataclasses.asdict(result.accuracy)
     return found
 
+  def divergence(self, network: QuantizedNetwork) -> float | None:
+    """KL in nats from the float network on the held-out images; None without any."""
+    if HELD_OUT not in self._sets:
+      return None
+    logits = self._predict(network, HELD_OUT)
+    found = score_logits(logits, len(logits), None, self._float_logits(HELD_OUT)).agreement
+    assert found is not None
+    return found.kl
+
   def _float_logits(self, name: str) -> np.ndarray:
     if name not in self._expected:
       self._expected[name] = self._predict(self._network, name)

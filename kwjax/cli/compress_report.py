@@ -79,8 +79,10 @@ def build(job: Facts) -> dict[str, Any]:
   result, similar = job.result, job.similarity or {}
   scheme, seed, lowest = job.config.scheme, job.options.seed, job.options.bits[-1]
   scores, tuned, samples = result.calibrated, result.fine_tuned, result.images
+  before = result.reconstructed.get(lowest, scores[lowest][scheme])
   seconds = float(np.sum(samples.history["seconds"]))
   agreement = {bits: {data: _agreement(score) for data, score in row.items()} for bits, row in scores.items()}
+  agreement |= {f"{bits} reconstructed": {scheme: _agreement(score)} for bits, score in result.reconstructed.items()}
   if tuned is not None:
     agreement[f"{lowest} fine-tuned"] = {scheme: _agreement(tuned)}
   return {
@@ -101,12 +103,18 @@ def build(job: Facts) -> dict[str, Any]:
       "images_per_minute": len(samples.images) / seconds * 60 if seconds else None,
     },
     "calibrated": {b: {d: _result(score, seed) for d, score in row.items()} for b, row in scores.items()},
+    **(
+      {"reconstructed": {bits: {scheme: _result(score, seed)} for bits, score in result.reconstructed.items()}}
+      if result.reconstructed
+      else {}
+    ),
     "distilled": {lowest: {scheme: _result(tuned, seed)}} if tuned is not None else None,
     "agreement": agreement,
     "versions": versions(),
     "command": command_line(),
     "classes": _classes(job),
-    **({"notes": notes} if (notes := notes_of(lowest, scores[lowest][scheme], tuned)) else {}),
+    "decisions": [{"about": d.about, "choice": d.choice, "reason": d.reason} for d in result.decisions],
+    **({"notes": notes} if (notes := notes_of(lowest, before, tuned)) else {}),
   }
 
 
@@ -162,7 +170,8 @@ def _protocol(job: Facts) -> dict[str, Any]:
   sets = ", ".join(f"{len(images)} {data}" for data, images in result.image_sets.items())
   last = job.options.bits[-1]
   final = result.students[last]
-  kind = "fine-tuned" if result.keeps_fine_tuned else "calibrated"
+  kind = "reconstructed" if last in result.reconstructed else "calibrated"
+  kind = "fine-tuned" if result.keeps_fine_tuned else kind
   whole = f"{len(representable_weights(final))} of {len(job.rules[last].resolve(network))}"
   method = job.method.describe()
   rules = [", ".join([rule.describe(), *([method] if method else [])]) for rule in job.rules.values()]
@@ -270,7 +279,9 @@ def draw(folder: pathlib.Path, job: Facts) -> dict[str, Picture]:
 
 
 def _bars(job: Facts) -> tuple[dict[str, dict[str, tuple[float, float, float] | None]], str]:
-  rows = {bits: dict(row) for bits, row in job.result.calibrated.items()}
+  rows: dict[str, dict[str, Score]] = {bits: dict(row) for bits, row in job.result.calibrated.items()}
+  for bits, score in job.result.reconstructed.items():
+    rows[f"{bits} rec."] = {job.config.scheme: score}
   if job.result.fine_tuned is not None:
     rows[f"{job.options.bits[-1]} tuned"] = {job.config.scheme: job.result.fine_tuned}
   labelled = all(score.accuracy for row in rows.values() for score in row.values())

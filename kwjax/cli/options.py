@@ -15,6 +15,7 @@ from kwjax.errors import KwjaxError
 from kwjax.network import Network
 from kwjax.quantization import QuantRules
 from kwjax.quantization.methods import METHODS, Method
+from kwjax.reconstruction import ReconstructConfig
 from kwjax.synthesis import SynthesisConfig
 
 ByPreset = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by --preset)")]
@@ -45,8 +46,8 @@ class Options:
   affine instead of affine0, the paper's, which has no integer form. Default: auto under --calibration paper, else integer."""
   calibration: Literal["best", "paper"] | None = None
   """best: what made the best students without data (docs/results.md): weight ranges of least squared error from 3 bits on,
-  and the moments of all channels brought back to the float network's. paper: extremes alone. Default: paper under --preset
-  paper, else best."""
+  and the moments of all channels brought back to the float network's where held-out images say that this helps. paper:
+  extremes alone. Default: paper under --preset paper, else best."""
   range_method: Literal["sample", "chunk", "percentile", "mse", "entropy"] | None = None
   """Activation ranges: the mean over samples of each one's extremes, or over chunks of 16 of the chunk's; or, of all values,
   99.99 %, the range of least squared error, or of least KL. Default: by --calibration."""
@@ -67,8 +68,12 @@ class Options:
   """Images optimized together."""
   duplicates: ByPreset = None
   """Independently augmented copies of each image in a step."""
+  reconstruct_iterations: ByPreset = None
+  """Iterations of the reconstruction of each block, for precisions below 8 bits; 0 leaves it out."""
+  reconstruct_batch_size: ByPreset = None
+  """Images in each of them."""
   distill_steps: ByPreset = None
-  """SGD steps of the fine-tuning; 0 leaves it out."""
+  """SGD steps of the fine-tuning, which a reconstructed student near the float network does not need; 0 leaves it out."""
   distill_batch_size: ByPreset = None
   """Images a fine-tuning step."""
   distill_learning_rate: float | None = None
@@ -167,6 +172,13 @@ def fine_tuning_of(options: Options, chosen: Sizes) -> FineTuning:
   )
 
 
+def reconstruction_of(chosen: Sizes) -> ReconstructConfig | bool:
+  """Settings of the reconstruction; False for none."""
+  if chosen.reconstruct_iterations == 0:
+    return False
+  return ReconstructConfig(iterations=chosen.reconstruct_iterations, batch_size=chosen.reconstruct_batch_size)
+
+
 def calibration_of(options: Options) -> str:
   """--calibration, by default the paper's under --preset paper, else the best."""
   return options.calibration or ("paper" if options.preset == PUBLISHED else "best")
@@ -190,6 +202,7 @@ def method_of(options: Options, chosen: Sizes | None = None) -> Method:
     "weights_range": options.weight_range,
     "corrects_bias": None if correction is None else correction != "none",
     "corrects_variance": None if correction is None else correction == "moments",
+    "chooses": None if correction is None else False,
     "equalizes": options.equalize,
     "steps": chosen and chosen.calibration_steps,
     "batch_size": chosen and chosen.calibration_batch,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from kwjax.analysis.scoring import Score, is_closer
 from kwjax.distillation import DistillConfig
 from kwjax.network import Network
 from kwjax.quantization import QuantRules
-from kwjax.quantization.methods import Method
+from kwjax.quantization.methods import Correction, Method
+from kwjax.reconstruction import UnitReport
 from kwjax.synthesis import SampleSet, SynthesisConfig
 
 
@@ -55,7 +56,11 @@ def about_images(samples: SampleSet, config: SynthesisConfig | None, used: int) 
 
 
 def about_calibration(
-  rules: QuantRules, method: Method, network: Network, equalized_pairs: int | None
+  rules: QuantRules,
+  method: Method,
+  network: Network,
+  equalized_pairs: int | None,
+  tried: Mapping[Correction, float | None],
 ) -> list[Decision]:
   """How a precision is calibrated.
 
@@ -64,6 +69,7 @@ def about_calibration(
     method: of the calibration.
     network: the float network.
     equalized_pairs: pairs of layers whose scales were equalized; None: equalization was not asked for.
+    tried: KL on the held-out images with each correction that was tried, the one that was taken first.
   """
   name = str(rules.bits)
   found = []
@@ -90,13 +96,60 @@ def about_calibration(
         {"pairs": equalized_pairs},
       )
     )
-  if method.corrects_bias:
-    what = "means and variances" if method.corrects_variance else "means"
-    choice, reason = f"The {what} of all channels are corrected.", "They match the float network's on the images again."
-  else:
-    choice, reason = "The moments of the channels are not corrected.", "The method leaves them as they are."
-  found.append(Decision(f"correction of {name}", choice, reason))
+  found.append(_about_correction(name, method, tried))
   return found
+
+
+_CORRECTED: Mapping[Correction, str] = {
+  "none": "The moments of the channels are not corrected.",
+  "means": "The means of all channels are corrected.",
+  "moments": "The means and variances of all channels are corrected.",
+}
+
+
+def _about_correction(name: str, method: Method, tried: Mapping[Correction, float | None]) -> Decision:
+  taken = next(iter(tried))
+  numbers = {f"kl_{correction}": kl for correction, kl in tried.items() if kl is not None}
+  if len(tried) > 1 and numbers:
+    shown = ", ".join(f"{numbers[f'kl_{correction}']:.3g} with {correction}" for correction in method.corrections())
+    reason = f"Its KL on the held-out images is the least, in nats: {shown} corrected."
+  elif taken == "none":
+    reason = "The method leaves them as they are."
+  else:
+    reason = "They match the float network's on the images again."
+  return Decision(f"correction of {name}", _CORRECTED[taken], reason, numbers)
+
+
+def about_reconstruction(
+  bits: str, calibrated: float | None, tried: Mapping[str, float | None], reports: Sequence[UnitReport]
+) -> Decision:
+  """Whether a precision is reconstructed.
+
+  Args:
+    bits: the precision.
+    calibrated: KL of the calibrated student on the held-out images.
+    tried: KL of the reconstructed student, as it is and with its means corrected, the one that was taken first; empty where 8
+      bits make it needless. "calibrated" comes first where nothing was gained.
+    reports: of the units.
+  """
+  about = f"reconstruction of {bits}"
+  if not tried:
+    return Decision(about, "It is left out.", "With 8 bits throughout calibration suffices.")
+  taken = next(iter(tried))
+  numbers = {f"kl_{name}": kl for name, kl in tried.items() if kl is not None}
+  if calibrated is not None:
+    numbers["kl_calibrated"] = calibrated
+  kept = sum(report.kept for report in reports)
+  choice = {
+    "calibrated": "The calibrated student is kept.",
+    "reconstructed": f"Rounding and activation steps of {kept} of {len(reports)} units are reconstructed.",
+    "means": f"{kept} of {len(reports)} units are reconstructed, and the means of all channels corrected.",
+  }[taken]
+  if calibrated is None:
+    return Decision(about, choice, "No image is held out, so nothing speaks against it.", numbers)
+  after = min(kl for name, kl in tried.items() if kl is not None and name != "calibrated")
+  reason = f"It takes the KL from the float network on the held-out images from {calibrated:.3g} to {after:.3g} nats."
+  return Decision(about, choice, reason, numbers)
 
 
 def _about_weight_ranges(name: str, rules: QuantRules, method: Method) -> Decision:
@@ -114,7 +167,9 @@ def _about_weight_ranges(name: str, rules: QuantRules, method: Method) -> Decisi
   return Decision(f"weight ranges of {name}", choice, reason, numbers)
 
 
-def about_fine_tuning(bits: str, config: DistillConfig | None, *, near: bool, calibrated: Score) -> Decision:
+def about_fine_tuning(
+  bits: str, config: DistillConfig | None, *, near: bool, calibrated: Score, wanted: bool = True
+) -> Decision:
   """How the last precision is fine-tuned.
 
   Args:
@@ -122,9 +177,14 @@ def about_fine_tuning(bits: str, config: DistillConfig | None, *, near: bool, ca
     config: of the fine-tuning; None: there is none.
     near: whether the calibrated student counts as near the float network.
     calibrated: its score.
+    wanted: whether a fine-tuning was asked for.
   """
   about = f"fine-tuning of {bits}"
   if config is None:
+    if near and calibrated.held_out is not None and wanted:
+      kl = calibrated.held_out.kl
+      reason = f"The reconstructed student is near the float network: KL {kl:.3g} nats on the held-out images."
+      return Decision(about, "It is left out.", reason, {"kl": kl})
     return Decision(about, "It is left out.", "Its number of steps is 0 or it was not asked for.")
   statistics = "stay as they are" if config.batch_norm == "frozen" else "follow the batches"
   choice = f"{config.steps} steps at a learning rate of {config.learning_rate:g}; BatchNorm's statistics {statistics}."

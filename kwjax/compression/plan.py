@@ -19,6 +19,7 @@ from kwjax.errors import DataError, KwjaxError
 from kwjax.network import Network, fingerprint
 from kwjax.quantization import QuantRules
 from kwjax.quantization.methods import METHODS, Method
+from kwjax.reconstruction import ReconstructConfig
 from kwjax.runtime.data.images import ImageData, array_data, load_data
 from kwjax.runtime.devices import memory
 from kwjax.runtime.identity import identity
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     total: those and the held-out ones.
     rules: of every precision, with the ranges of the method.
     method: of the calibration.
+    reconstruct: settings of the reconstruction, or None.
     finetune: settings of the fine-tuning.
     baselines: other image sets.
     eval_data: images to evaluate on, or None.
@@ -57,6 +59,7 @@ class Plan(NamedTuple):
   total: int
   rules: Mapping[str, QuantRules]
   method: Method
+  reconstruct: ReconstructConfig | None
   finetune: FineTuning | DistillConfig
   baselines: Mapping[str, ImageData | SynthesisConfig]
   eval_data: ImageData | None
@@ -79,6 +82,7 @@ class Plan(NamedTuple):
       "total": self.total,
       "rules": {bits: rules.to_json() for bits, rules in self.rules.items()},
       "method": self.method._asdict(),
+      "reconstruct": None if self.reconstruct is None else self.reconstruct.to_json(),
       "finetune": finetune.to_json() if isinstance(finetune, DistillConfig) else dataclasses.asdict(finetune),
       "baselines": {
         name: found.to_json() if isinstance(found, SynthesisConfig) else identity(found)
@@ -102,6 +106,7 @@ def make_plan(
   num_images: int | None,
   held_out: int | None,
   config: SynthesisConfig | None,
+  reconstruct: bool | ReconstructConfig,
   finetune: bool | FineTuning | DistillConfig,
   baselines: Baselines | None,
   eval_data: EvalData | None,
@@ -133,6 +138,9 @@ def make_plan(
     config = config or synthesis_config(network, scheme, chosen)
     if config.scheme != scheme:
       raise KwjaxError(f"config is of the scheme {config.scheme!r}, but scheme is {scheme!r}")
+  if reconstruct is True:
+    iterations, size = chosen.reconstruct_iterations, chosen.reconstruct_batch_size
+    reconstruct = iterations > 0 and ReconstructConfig(iterations=iterations, batch_size=size)
   if isinstance(finetune, bool):
     finetune = FineTuning() if finetune else FineTuning(steps=0)
   if isinstance(finetune, FineTuning):
@@ -147,6 +155,7 @@ def make_plan(
     total=total,
     rules=rules,
     method=method,
+    reconstruct=reconstruct or None,
     finetune=finetune,
     baselines={name: _checked_baseline(network, name, found, scheme) for name, found in (baselines or {}).items()},
     eval_data=None if eval_data is None else as_data(network, eval_data, "eval_data"),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from kwjax.analysis.scoring import Score, Scorer, is_closer, is_near
-from kwjax.compression import decisions, plan, student
+from kwjax.compression import candidates, decisions, plan, student
 from kwjax.compression.decisions import Decision
 from kwjax.compression.images import make_images, spread_images
 from kwjax.compression.plan import Baselines, EvalData, Images, Plan
@@ -30,6 +30,7 @@ from kwjax.distillation import DistillConfig
 from kwjax.network import Network
 from kwjax.quantization import QuantizedNetwork
 from kwjax.quantization.methods import Method
+from kwjax.reconstruction import ReconstructConfig
 from kwjax.runtime.devices import memory, processes
 from kwjax.runtime.devices.parallel import DeviceGroup, device_group
 from kwjax.runtime.reporting.tensorboard import EventLog
@@ -50,7 +51,8 @@ class Compressed:
     scheme: how the images were made, or "given".
     decisions: what was decided, in the order in which it was; each is a sentence with a reason.
     float_score: of the float network; its accuracy is None without labelled images.
-    calibrated: scores before any fine-tuning, `{precision: {image set: Score}}`, those of baselines too.
+    calibrated: scores after the calibration, `{precision: {image set: Score}}`, those of baselines too.
+    reconstructed: scores of the precisions whose reconstruction is kept.
     fine_tuned: score of the last precision after its fine-tuning, kept or not; None without one.
     image_sets: `{image set: f32[n,h,w,c]}`, the images that calibrated.
   """
@@ -64,6 +66,7 @@ class Compressed:
   decisions: tuple[Decision, ...]
   float_score: Score
   calibrated: Mapping[str, Mapping[str, Score]]
+  reconstructed: Mapping[str, Score]
   fine_tuned: Score | None
   image_sets: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
 
@@ -71,7 +74,8 @@ class Compressed:
   def keeps_fine_tuned(self) -> bool:
     """Whether the student of the last precision is the fine-tuned one."""
     last = list(self.calibrated)[-1]
-    return self.fine_tuned is not None and is_closer(self.fine_tuned, self.calibrated[last][self.scheme])
+    before = self.reconstructed.get(last, self.calibrated[last][self.scheme])
+    return self.fine_tuned is not None and is_closer(self.fine_tuned, before)
 
   def summary(self) -> str:
     """Scores and decisions, a line each."""
@@ -93,6 +97,7 @@ def compress(
   num_images: int | None = None,
   held_out: int | None = None,
   config: SynthesisConfig | None = None,
+  reconstruct: bool | ReconstructConfig = True,
   finetune: bool | FineTuning | DistillConfig = True,
   baselines: Baselines | None = None,
   eval_data: EvalData | None = None,
@@ -104,11 +109,12 @@ def compress(
   checkpoint_steps: int = 200,
   events: EventLog | None = None,
 ) -> Compressed:
-  """Compress a trained network without its data: synthesize images, calibrate, score, fine-tune, keep what is closer.
+  """Compress a trained network without its data: synthesize images, calibrate, reconstruct, fine-tune, keep what is closer.
 
   The images come out of the network's BatchNorm statistics (`synthesize`), unless some are given. Every precision is
-  calibrated on them. The last one is then distilled from the float network (`distill`), and the student with the lower KL
-  from it on held-out images is kept. Equal arguments give equal results. With a working folder, everything that is
+  calibrated on them, and those below 8 bits are reconstructed (`reconstruct`). If the last one is still far from the float
+  network, it is distilled from it (`distill`). Every optional step is kept only where it lowers the KL from the float network
+  on held-out images. Equal arguments give equal results. With a working folder, everything that is
   finished is kept there: killed at any moment and called again with the same arguments, it ends with the same bits.
 
   Args:
@@ -118,7 +124,8 @@ def compress(
     images: take these instead of synthetic ones: f32[n,h,w,c] in [0,1], u8[n,h,w,c], an `ImageData`, or what
       `load_data` opens.
     scheme: how images are made: "bns", "inception", "bns+inception", "deepinversion" or "gaussian".
-    calibration: "best": weight ranges by bits and corrected moments; "paper": Haroush et al. (2020); or a `Method`.
+    calibration: "best": weight ranges by bits, and corrected moments where they help; "paper": Haroush et al. (2020); or a
+      `Method`.
     first_last: bits of the first convolution and of the last layer; None treats them like the rest.
     overrides: bits of some layers, as of `QuantRules.parse`.
     weights: weight scheme, as of `QuantRules.parse`. Default: "integer"; "auto" with calibration "paper".
@@ -127,8 +134,9 @@ def compress(
     held_out: images beside them, for the agreement with the float network alone. Default: 128 or 24; at most a quarter
       of given ones.
     config: of the synthesis. Default: what suits the size of the images.
-    finetune: whether and how the last precision is fine-tuned. A `FineTuning` leaves open what depends on how good the
-      calibrated student is; a `DistillConfig` says everything.
+    reconstruct: whether and how precisions below 8 bits are reconstructed.
+    finetune: whether and how the last precision is fine-tuned. True and `FineTuning` leave open what depends on how good the
+      student is: one that is reconstructed and near the float network is not fine-tuned. A `DistillConfig` says everything.
     baselines: further image sets that every precision is calibrated with, for comparison only:
       `{name: images as above, or the SynthesisConfig that makes them}`.
     eval_data: images to evaluate on, used for nothing else: an `ImageData`, (images, labels), or what `load_data` opens.
@@ -171,6 +179,7 @@ def compress(
     num_images=num_images,
     held_out=held_out,
     config=config,
+    reconstruct=reconstruct,
     finetune=finetune,
     baselines=baselines,
     eval_data=eval_data,
@@ -219,31 +228,39 @@ def _execute(job: Plan, workspace: Workspace) -> Compressed:
   float_score = Score.from_json(workspace.results.once("float", lambda: scorer.score(network)))
   decided = [decisions.about_images(samples, None if job.given else job.config, job.num_images)]
   students: dict[str, QuantizedNetwork] = {}
+  scores: dict[str, Score] = {}
   calibrated: dict[str, dict[str, Score]] = {}
+  reconstructed: dict[str, Score] = {}
   for bits, rules in job.rules.items():
     calibrated[bits] = {}
     for name, images in image_sets.items():
-      found = student.calibrated(
-        workspace,
-        f"ranges-{name}",
-        images,
-        rules,
-        job.method,
-        key=jax.random.fold_in(job.key, CALIBRATION_KEY),
-        description=name,
-      )
+      key, method = jax.random.fold_in(job.key, CALIBRATION_KEY), job.method
+      if name == scheme:
+        own = candidates.best(workspace, scorer, bits, rules, method, images, key=key, name=name)
+        found = own.student
+      else:
+        found = student.calibrated(workspace, f"ranges-{name}", images, rules, method, key=key, description=name)
       result = workspace.results.once(f"calibrated-{bits}-{name}", functools.partial(scorer.score, found))
       calibrated[bits][name] = Score.from_json(result)
       workspace.log(f"calibrated {bits} with {name}: {calibrated[bits][name].describe(kind)}")
       if name == scheme:
         students[bits] = found
     pairs = len(student.equalized(network).pairs) if job.method.equalizes else None
-    decided += decisions.about_calibration(rules, job.method, network, pairs)
-  scores = {bits: row[scheme] for bits, row in calibrated.items()}
+    decided += decisions.about_calibration(rules, job.method, network, pairs, own.tried)
+    scores[bits] = calibrated[bits][scheme]
+    if job.reconstruct is not None:
+      made = candidates.reconstructed(
+        workspace, scorer, bits, rules, job.reconstruct, own, scores[bits], used, key=job.key
+      )
+      decided.append(made.why)
+      if made.score is not None:
+        students[bits], scores[bits], reconstructed[bits] = made.student, made.score, made.score
   last = list(job.rules)[-1]
-  near = job.method.corrects_variance and is_near(scores[last])
+  near = (job.method.corrects_variance or job.reconstruct is not None) and is_near(scores[last])
   tuning = _tuning(job, network, near=near)
-  decided.append(decisions.about_fine_tuning(last, tuning, near=near, calibrated=scores[last]))
+  decided.append(
+    decisions.about_fine_tuning(last, tuning, near=near, calibrated=scores[last], wanted=job.finetune.steps != 0)
+  )
   tuned_score = None
   if tuning is not None:
     key = jax.random.fold_in(job.key, DISTILL_KEY)
@@ -267,6 +284,7 @@ def _execute(job: Plan, workspace: Workspace) -> Compressed:
     decisions=tuple(decided),
     float_score=float_score,
     calibrated=calibrated,
+    reconstructed=reconstructed,
     fine_tuned=tuned_score,
     image_sets=image_sets,
   )
@@ -292,6 +310,8 @@ def _tuning(job: Plan, network: Network, *, near: bool) -> DistillConfig | None:
     return None
   if isinstance(job.finetune, DistillConfig):
     return job.finetune
+  if near and job.reconstruct is not None:
+    return None
   config = job.finetune.config(network, job.scheme, near=near)
   if not job.finetune.published and config.batch_norm == "train" and is_small(network):
     # ResNet-20, 2w4a, 120 steps on 380 BNS images: 86.14 % with the stages, 75.32 without. Not measured on large images, whose

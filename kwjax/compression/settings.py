@@ -32,6 +32,8 @@ class Sizes:
     distill_batch_size: images a step of the fine-tuning.
     calibration_steps: random batches that a calibration averages over.
     calibration_batch: images in each of them.
+    reconstruct_iterations: iterations of each unit of the reconstruction; 0: there is none.
+    reconstruct_batch_size: images in each of them.
   """
 
   images: int
@@ -43,16 +45,18 @@ class Sizes:
   distill_batch_size: int
   calibration_steps: int
   calibration_batch: int
+  reconstruct_iterations: int
+  reconstruct_batch_size: int
 
 
 _PRESETS: dict[tuple[str, bool], Sizes] = {
   # (preset, whether images are small): CIFAR-sized networks and ImageNet-sized ones
-  ("cpu", True): Sizes(384, 128, 120, 128, 1, 120, 64, 200, 256),
-  ("cpu", False): Sizes(40, 24, 60, 32, 1, 40, 16, 200, 256),
-  (PUBLISHED, True): Sizes(500, 125, 1000, 800, 4, 16000, 256, 200, 256),
-  (PUBLISHED, False): Sizes(10000, 2500, 1000, 80, 4, 44000, 256, 200, 256),
-  ("smoke", True): Sizes(8, 2, 3, 10, 1, 2, 4, 2, 16),
-  ("smoke", False): Sizes(3, 1, 2, 4, 1, 1, 2, 2, 16),
+  ("cpu", True): Sizes(384, 128, 120, 128, 1, 120, 64, 200, 256, 150, 32),
+  ("cpu", False): Sizes(40, 24, 60, 32, 1, 40, 16, 200, 256, 100, 8),
+  (PUBLISHED, True): Sizes(500, 125, 1000, 800, 4, 16000, 256, 200, 256, 0, 32),
+  (PUBLISHED, False): Sizes(10000, 2500, 1000, 80, 4, 44000, 256, 200, 256, 0, 32),
+  ("smoke", True): Sizes(8, 2, 3, 10, 1, 2, 4, 2, 16, 2, 4),
+  ("smoke", False): Sizes(3, 1, 2, 4, 1, 1, 2, 2, 16, 2, 2),
 }
 
 
@@ -71,7 +75,7 @@ def sizes_for(
     KwjaxError: a number is out of range.
   """
   for name, value in given.items():
-    least = 0 if name in ("distill_steps", "steps") else 1
+    least = 0 if name in ("distill_steps", "steps", "reconstruct_iterations") else 1
     if value < least:
       raise KwjaxError(f"{spell(name)} must be at least {least}, found {value}")
   return dataclasses.replace(_PRESETS[preset, is_small(network)], **given)

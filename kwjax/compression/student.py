@@ -27,7 +27,8 @@ from kwjax.quantization import (
   quantize,
   ranges_from,
 )
-from kwjax.quantization.methods import Method
+from kwjax.quantization.methods import Correction, Method
+from kwjax.reconstruction import ReconstructConfig, UnitReport, reconstruct_with_report
 
 
 def range_table(workspace: Workspace, name: str, images: np.ndarray, *, description: str) -> RangeTable:
@@ -97,7 +98,51 @@ def calibrated(
   key: jax.Array,
   description: str,
 ) -> QuantizedNetwork:
-  """The student that a method of calibration makes with some images.
+  """The student that a method of calibration makes with some images, with all corrections that the method has.
+
+  Args:
+    workspace: where; its network is the float one.
+    name: under which what is observed of the images is kept; the same for all methods and precisions.
+    images: f32[n,h,w,c] in [0,1].
+    rules: bits of every layer; their ranges are replaced by the method's.
+    method: what is done.
+    key: of the draws.
+    description: what the images are called.
+  """
+  student = uncorrected(workspace, name, images, rules, method, key=key, description=description)
+  return corrected(workspace, student, images, method.corrections()[-1])
+
+
+def corrected(
+  workspace: Workspace, student: QuantizedNetwork, images: np.ndarray, correction: Correction
+) -> QuantizedNetwork:
+  """The student with corrected moments.
+
+  Args:
+    workspace: where.
+    student: with the float network's moments.
+    images: f32[n,h,w,c] in [0,1].
+    correction: what is corrected.
+  """
+  if correction == "none":
+    return student
+  workspace.stop_if_asked()
+  size = 128 if is_small(workspace.network) else 32
+  # On one device: a mean over several is rounded otherwise, and a run must end alike wherever it goes on.
+  return correct_bias(student, images, variance=correction == "moments", batch_size=size, devices=1)
+
+
+def uncorrected(
+  workspace: Workspace,
+  name: str,
+  images: np.ndarray,
+  rules: QuantRules,
+  method: Method,
+  *,
+  key: jax.Array,
+  description: str,
+) -> QuantizedNetwork:
+  """The student that a method of calibration makes with some images, before any correction.
 
   Args:
     workspace: where; its network is the float one.
@@ -117,19 +162,46 @@ def calibrated(
     ranges = histogram_ranges(histograms, rules.resolve(network), rules.ranges)
   else:
     ranges = ranges_from(table, rules, key=key, steps=method.steps, batch_size=method.batch_size)
-  student = quantize(network, rules, ranges)
-  if not method.corrects_bias:
-    return student
-  workspace.stop_if_asked()
-  size = 128 if is_small(network) else 32
-  # On one device: a mean over several is rounded otherwise, and a run must end alike wherever it goes on.
-  return correct_bias(student, images, variance=method.corrects_variance, batch_size=size, devices=1)
+  return quantize(network, rules, ranges)
 
 
 @functools.lru_cache(maxsize=2)
 def equalized(network: Network) -> Equalized:
   """The network with equalized scales; found once a process."""
   return equalize(network, criterion="weights")
+
+
+def reconstructed(
+  workspace: Workspace,
+  student: QuantizedNetwork,
+  images: np.ndarray,
+  config: ReconstructConfig,
+  *,
+  key: jax.Array,
+  name: str,
+) -> tuple[QuantizedNetwork, tuple[UnitReport, ...]]:
+  """The student whose units give what the float network's give, and what happened to each unit.
+
+  Args:
+    workspace: where; its network is the float one.
+    student: calibrated.
+    images: f32[n,h,w,c] in [0,1].
+    config: how.
+    key: of everything random.
+    name: of the folder that keeps finished units in `workspace.scratch`.
+  """
+  workspace.stop_if_asked()
+  return reconstruct_with_report(
+    student,
+    images,
+    config,
+    key=key,
+    reference=student.network,
+    workdir=None if workspace.scratch is None else workspace.scratch / name,
+    devices=workspace.group,
+    progress=workspace.progress,
+    should_stop=workspace.should_stop,
+  )
 
 
 def fine_tuned(

@@ -19,7 +19,7 @@ from kwjax.errors import KwjaxError
 from kwjax.export.graph import Weight
 from kwjax.network import Array, Network, Variables
 from kwjax.quantization.fake_quant import fake_quant
-from kwjax.quantization.grids import Clip
+from kwjax.quantization.grids import Clip, Spacing
 from kwjax.quantization.integer import QTensor, integer_kernel, why_not_integer
 from kwjax.quantization.rules import LayerRule
 from kwjax.quantization.wrap import QuantizedNetwork, kernel_grid, kernel_path
@@ -89,20 +89,23 @@ def weights_of(network: Network | QuantizedNetwork) -> dict[tuple[str, ...], Wei
   """Every kernel as the network uses it, by its path in the flattened parameters."""
   base, rules = float_network(network), rules_of(network)
   params = flax.traverse_util.flatten_dict(dict(base.variables.get("params", {})))
-  clips = network.clips if isinstance(network, QuantizedNetwork) else {}
+  clips, grids = (network.clips, network.grids) if isinstance(network, QuantizedNetwork) else ({}, {})
   found = {}
   for layer in intercept.matmul_layers(base):
     kernel, rule = params[kernel_path(layer.name)], rules[layer.name]
     # Layers of one shape share a program.
     alike = dataclasses.replace(layer, name="", input_shape=(), output_shape=())
-    value, integer = jax.tree.map(np.asarray, _rounded(kernel, alike, rule, clips.get(layer.name)))
+    spacing = grids.get(layer.name)
+    value, integer = jax.tree.map(np.asarray, _rounded(kernel, alike, rule, clips.get(layer.name), spacing))
     found[kernel_path(layer.name)] = Weight(layer.name, value, integer, why_not_integer(rule) or "", rule.weight_bits)
   return found
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _rounded(kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Clip | None) -> tuple[Array, QTensor | None]:
+def _rounded(
+  kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Clip | None, spacing: Spacing | None
+) -> tuple[Array, QTensor | None]:
   if rule.weight_bits is None:
     return kernel, None
-  value = fake_quant(kernel, *kernel_grid(kernel, layer, rule, clip))
-  return value, None if why_not_integer(rule) else integer_kernel(kernel, layer, rule, clip)
+  value = fake_quant(kernel, *kernel_grid(kernel, layer, rule, clip, spacing))
+  return value, None if why_not_integer(rule) else integer_kernel(kernel, layer, rule, clip, spacing)

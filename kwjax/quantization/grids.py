@@ -24,6 +24,18 @@ class Grid(NamedTuple):
   qmax: int
 
 
+class Spacing(NamedTuple):
+  """Distance and zero point of the levels of each output channel, of a grid that does not follow the weights.
+
+  Attributes:
+    scale: s > 0, f32 of the kernel's rank with size 1 inside a channel.
+    zero: the level of 0, as `scale`.
+  """
+
+  scale: Array
+  zero: Array
+
+
 class Clip(NamedTuple):
   """The shares of a channel's range that its grid clips at either end.
 
@@ -103,8 +115,7 @@ def weight_grid(weights: Array, scheme: str, bits: int, *, axes: tuple[int, ...]
   Raises:
     RuleError: the scheme is unknown.
   """
-  if scheme not in WEIGHT_SCHEMES:
-    raise RuleError(f"unknown weight scheme {scheme!r}, known are {', '.join(WEIGHT_SCHEMES)}")
+  _check_scheme(scheme)
   weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
   lo, hi = jnp.min(weights, axes, keepdims=True), jnp.max(weights, axes, keepdims=True)
   if clip is not None:
@@ -112,6 +123,27 @@ def weight_grid(weights: Array, scheme: str, bits: int, *, axes: tuple[int, ...]
     span = hi - lo
     lo, hi = lo + clip.lo * span, hi - clip.hi * span
   return WEIGHT_SCHEMES[scheme](lo, hi, bits)
+
+
+def fixed_grid(spacing: Spacing, scheme: str, bits: int) -> Grid:
+  """The grid of a scheme with given scales and zero points; it gets no gradient.
+
+  Args:
+    spacing: of each output channel.
+    scheme: a name in `WEIGHT_SCHEMES`; it gives the lowest and the highest level.
+    bits: 2 to 8.
+
+  Raises:
+    RuleError: the scheme is unknown.
+  """
+  _check_scheme(scheme)
+  scale, zero = (jax.lax.stop_gradient(jnp.asarray(value, jnp.float32)) for value in spacing)
+  return WEIGHT_SCHEMES[scheme](jnp.float32(-1.0), jnp.float32(1.0), bits)._replace(scale=scale, zero=zero)
+
+
+def _check_scheme(scheme: str) -> None:
+  if scheme not in WEIGHT_SCHEMES:
+    raise RuleError(f"unknown weight scheme {scheme!r}, known are {', '.join(WEIGHT_SCHEMES)}")
 
 
 def _extent(scheme: str, lo: Array, hi: Array) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kwjax import intercept
 from kwjax.errors import RuleError
 from kwjax.quantization.fake_quant import nearest_level
-from kwjax.quantization.grids import Clip, Grid
+from kwjax.quantization.grids import Clip, Grid, Spacing
 from kwjax.quantization.rules import LayerRule
 from kwjax.quantization.wrap import QuantizedNetwork, kernel_grid, kernel_path
 
@@ -47,7 +47,9 @@ def why_not_integer(rule: LayerRule) -> str | None:
   return None
 
 
-def integer_kernel(kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Clip | None = None) -> QTensor:
+def integer_kernel(
+  kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Clip | None = None, spacing: Spacing | None = None
+) -> QTensor:
   """The integer form of one kernel, equal to the kernel of the quantized forward pass.
 
   Raises:
@@ -56,7 +58,7 @@ def integer_kernel(kernel: Array, layer: intercept.Layer, rule: LayerRule, clip:
   reason = why_not_integer(rule)
   if reason is not None:
     raise RuleError(f"layer {layer.name} has no integer weights: {reason}")
-  grid = kernel_grid(kernel, layer, rule, clip)
+  grid = kernel_grid(kernel, layer, rule, clip, spacing)
   level = jnp.clip(nearest_level(kernel, grid.scale, grid.zero), grid.qmin, grid.qmax).astype(jnp.int32)
   return _signed(level, grid, rule)
 
@@ -70,12 +72,14 @@ def _signed(level: Array, grid: Grid, rule: LayerRule) -> QTensor:
   return QTensor((level - shift).astype(jnp.int8), grid.scale, grid.zero.astype(jnp.int32) - shift)
 
 
-def _kernels(quantized: QuantizedNetwork) -> dict[str, tuple[Array, intercept.Layer, LayerRule, Clip | None]]:
+def _kernels(
+  quantized: QuantizedNetwork,
+) -> dict[str, tuple[Array, intercept.Layer, LayerRule, Clip | None, Spacing | None]]:
   layers = {layer.name: layer for layer in intercept.matmul_layers(quantized.network)}
   params = flax.traverse_util.flatten_dict(dict(quantized.variables["params"]))
   rules = quantized.rules.resolve(quantized.network)
   return {
-    name: (params[kernel_path(name)], layers[name], rule, quantized.clips.get(name))
+    name: (params[kernel_path(name)], layers[name], rule, quantized.clips.get(name), quantized.grids.get(name))
     for name, rule in rules.items()
     if rule.weight_bits is not None
   }

@@ -14,16 +14,17 @@ import safetensors.numpy
 
 from kwjax.errors import KwjaxError, RuleError, WeightsError
 from kwjax.network import DESCRIPTION_FILE, WEIGHTS_FILE, load_network, save_network
-from kwjax.quantization.grids import Clip
+from kwjax.quantization.grids import Clip, Spacing
 from kwjax.quantization.integer import QTensor, representable_weights
 from kwjax.quantization.ranges import Ranges
 from kwjax.quantization.rules import QuantRules
-from kwjax.quantization.weight_ranges import WeightClips
+from kwjax.quantization.weight_ranges import WeightClips, WeightGrids
 from kwjax.quantization.wrap import QuantizedNetwork, quantize
 
 QUANTIZATION_FILE = "quantization.json"
 INTEGER_FILE = "integer.safetensors"
 CLIPS_FILE = "weight_clips.safetensors"
+GRIDS_FILE = "weight_grids.safetensors"
 FORMAT = 1
 
 
@@ -32,7 +33,8 @@ def save_quantized(quantized: QuantizedNetwork, folder: str | pathlib.Path) -> N
 
   `quantization.json` is written last and holds the checksums of the others, so an interrupted save is detected. The
   integer file holds `LAYER/q` i8, `LAYER/scale` f32, `LAYER/zero` i32, with value = (q - zero) * scale. If weight ranges
-  are clipped, `weight_clips.safetensors` holds the clipped shares, `LAYER/lo` and `LAYER/hi` f32.
+  are clipped, `weight_clips.safetensors` holds the clipped shares, `LAYER/lo` and `LAYER/hi` f32. Grids that do not follow
+  the weights are in `weight_grids.safetensors`, `LAYER/scale` and `LAYER/zero` f32.
 
   Raises:
     KwjaxError: the folder cannot be written.
@@ -54,11 +56,21 @@ def save_quantized(quantized: QuantizedNetwork, folder: str | pathlib.Path) -> N
     "weights_sha256": sha256_file(folder / WEIGHTS_FILE),
     "integer_sha256": None,
     "clips_sha256": None,
+    "grids_sha256": None,
   }
-  clips = {
-    f"{layer}/{end}": np.asarray(getattr(clip, end)) for layer, clip in quantized.clips.items() for end in Clip._fields
-  }
-  for file, key, arrays in ((INTEGER_FILE, "integer_sha256", integers), (CLIPS_FILE, "clips_sha256", clips)):
+  clips, grids = (
+    {
+      f"{layer}/{name}": np.asarray(value)
+      for layer, found in by_layer.items()
+      for name, value in found._asdict().items()
+    }
+    for by_layer in (quantized.clips, quantized.grids)
+  )
+  for file, key, arrays in (
+    (INTEGER_FILE, "integer_sha256", integers),
+    (CLIPS_FILE, "clips_sha256", clips),
+    (GRIDS_FILE, "grids_sha256", grids),
+  ):
     if arrays:
       payload = safetensors.numpy.save(arrays)
       content[key] = hashlib.sha256(payload).hexdigest()
@@ -86,9 +98,10 @@ def load_quantized(folder: str | pathlib.Path, *, module: nn.Module | None = Non
       _check_digest(folder / file, digest)
   network = load_network(folder, module=module)
   clips = _clips(folder, content["clips_sha256"]) if content["clips_sha256"] else {}
+  grids = _grids(folder, content["grids_sha256"]) if content["grids_sha256"] else {}
   try:
     rules = QuantRules.from_json(content["rules"])
-    return quantize(network, rules, Ranges.from_json(content["ranges"]), clips=clips)
+    return quantize(network, rules, Ranges.from_json(content["ranges"]), clips=clips, grids=grids)
   except (RuleError, KwjaxError) as error:
     raise WeightsError(f"{folder / QUANTIZATION_FILE} does not fit {folder / DESCRIPTION_FILE}: {error}") from error
 
@@ -109,6 +122,12 @@ def load_integer_weights(folder: str | pathlib.Path) -> dict[str, QTensor]:
 
 def _clips(folder: pathlib.Path, digest: str) -> WeightClips:
   return {layer: Clip(found["lo"], found["hi"]) for layer, found in _arrays(folder / CLIPS_FILE, digest).items()}
+
+
+def _grids(folder: pathlib.Path, digest: str) -> WeightGrids:
+  return {
+    layer: Spacing(found["scale"], found["zero"]) for layer, found in _arrays(folder / GRIDS_FILE, digest).items()
+  }
 
 
 def _arrays(path: pathlib.Path, digest: str) -> dict[str, dict[str, jnp.ndarray]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 import flax.traverse_util
 import jax
@@ -15,11 +15,16 @@ from kwjax import intercept
 from kwjax.errors import RuleError
 from kwjax.network import Array, Network
 from kwjax.quantization.fake_quant import fake_quant
-from kwjax.quantization.grids import Clip, weight_grid
+from kwjax.quantization.grids import Clip, Spacing, weight_grid
 from kwjax.quantization.rules import LayerRule, QuantRules
 
 WeightClips = dict[str, Clip]
 """`{layer: Clip}`; other layers keep their whole range."""
+
+WeightGrids = dict[str, Spacing]
+"""`{layer: Spacing}`; the grids of other layers follow their weights."""
+
+T = TypeVar("T")
 
 _LARGEST_CUT = 0.48
 _STEPS = 49
@@ -137,16 +142,44 @@ def check_clips(network: Network, rules: Mapping[str, LayerRule], clips: WeightC
   missing = [name for name, rule in rules.items() if rule.weight_bits is not None and name not in clips]
   if complete and missing:
     raise RuleError(f"weight clips are missing for {len(missing)} layers of {network.name}: {', '.join(missing[:5])}")
-  params = flax.traverse_util.flatten_dict(dict(network.variables["params"]))
-  layers = {layer.name: layer for layer in intercept.matmul_layers(network)}
-  for name, clip in clips.items():
-    if name not in layers or rules[name].weight_bits is None:
-      raise RuleError(f"weight clips name {name}, which is no layer of {network.name} with quantized weights")
-    kernel = params[kernel_path(name)]
-    axes = channel_axes(kernel, layers[name])
-    expected = tuple(1 if axis in axes else size for axis, size in enumerate(kernel.shape))
+  for name, clip, expected in _with_shapes(network, rules, clips, "weight clips"):
     for end in clip:
       if tuple(end.shape) != expected or not ((np.asarray(end) >= 0) & (np.asarray(end) < 0.5)).all():
         raise RuleError(
           f"the weight clip of layer {name} needs shares in [0, 0.5) of shape {expected}, found shape {end.shape}"
         )
+
+
+def check_grids(network: Network, rules: Mapping[str, LayerRule], grids: WeightGrids) -> None:
+  """Refuse grids that do not fit this network's kernels.
+
+  Args:
+    network: with the float weights.
+    rules: of `QuantRules.resolve`.
+    grids: to check.
+
+  Raises:
+    RuleError: a layer is unknown or float, a scale is not positive, or a zero point not finite, or a shape is another.
+  """
+  for name, (scale, zero), expected in _with_shapes(network, rules, grids, "weight grids"):
+    for what, value in (("scale", scale), ("zero", zero)):
+      if tuple(np.shape(value)) != expected or not np.isfinite(value).all():
+        raise RuleError(
+          f"the weight grid of layer {name} needs a finite {what} of shape {expected}, found shape {np.shape(value)}"
+        )
+    if not (np.asarray(scale) > 0).all():
+      raise RuleError(f"the weight grid of layer {name} needs positive scales, found {np.asarray(scale).min():g}")
+
+
+def _with_shapes(
+  network: Network, rules: Mapping[str, LayerRule], found: Mapping[str, T], what: str
+) -> Iterator[tuple[str, T, tuple[int, ...]]]:
+  """What is given for each layer, with the shape that its arrays need."""
+  params = flax.traverse_util.flatten_dict(dict(network.variables["params"]))
+  layers = {layer.name: layer for layer in intercept.matmul_layers(network)}
+  for name, value in found.items():
+    if name not in layers or rules[name].weight_bits is None:
+      raise RuleError(f"{what} name {name}, which is no layer of {network.name} with quantized weights")
+    kernel = params[kernel_path(name)]
+    axes = channel_axes(kernel, layers[name])
+    yield name, value, tuple(1 if axis in axes else size for axis, size in enumerate(kernel.shape))

@@ -16,29 +16,52 @@ from kwjax import intercept
 from kwjax.errors import KwjaxError
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.fake_quant import fake_quant
-from kwjax.quantization.grids import Clip, Grid, activation_grid, weight_grid
+from kwjax.quantization.grids import Clip, Grid, Spacing, activation_grid, fixed_grid, weight_grid
 from kwjax.quantization.ranges import Ranges
 from kwjax.quantization.rules import LayerRule, QuantRules
-from kwjax.quantization.weight_ranges import WeightClips, channel_axes, check_clips, kernel_path, weight_clips
+from kwjax.quantization.weight_ranges import (
+  WeightClips,
+  WeightGrids,
+  channel_axes,
+  check_clips,
+  check_grids,
+  kernel_path,
+  weight_clips,
+)
 
 _RANGE = "activation_range"
 
 
-def kernel_grid(kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Clip | None = None) -> Grid:
+def kernel_grid(
+  kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Clip | None = None, spacing: Spacing | None = None
+) -> Grid:
   """The grid of each output channel of a layer's kernel; nn.scan can stack kernels along leading axes.
+
+  Args:
+    kernel: of the layer.
+    layer: gives the channels' axes.
+    rule: bits and weight scheme.
+    clip: shares of the range that are clipped, or None.
+    spacing: scales and zero points that do not follow the kernel, or None.
 
   Raises:
     RuleError: the kernel is stacked along another axis than the first.
   """
   assert rule.weight_bits is not None
   assert rule.weight_scheme is not None
+  if spacing is not None:
+    return fixed_grid(spacing, rule.weight_scheme, rule.weight_bits)
   return weight_grid(kernel, rule.weight_scheme, rule.weight_bits, axes=channel_axes(kernel, layer), clip=clip)
 
 
 def quantize_weights(
-  apply: ApplyFn, network: Network, rules: QuantRules, clips: Mapping[str, Clip] | None = None
+  apply: ApplyFn,
+  network: Network,
+  rules: QuantRules,
+  clips: Mapping[str, Clip] | None = None,
+  grids: Mapping[str, Spacing] | None = None,
 ) -> ApplyFn:
-  """Wrap `apply`: round kernels to their grid, which follows the kernel's values at every call.
+  """Wrap `apply`: round kernels to their grid, which follows the kernel's values at every call unless it is given.
 
   Gradients reach the float kernels through the straight-through estimator.
 
@@ -47,6 +70,7 @@ def quantize_weights(
     network: the float network, for its layers.
     rules: bits of each layer.
     clips: of `weight_clips`, constants; other layers keep the whole range of their weights.
+    grids: scales and zero points of layers whose grid does not follow the kernel.
   """
   layers = {layer.name: layer for layer in intercept.matmul_layers(network)}
   chosen = {name: rule for name, rule in rules.resolve(network).items() if rule.weight_bits is not None}
@@ -55,7 +79,8 @@ def quantize_weights(
     params = flax.traverse_util.flatten_dict(dict(variables["params"]))
     for name, rule in chosen.items():
       kernel = params[kernel_path(name)]
-      params[kernel_path(name)] = fake_quant(kernel, *kernel_grid(kernel, layers[name], rule, (clips or {}).get(name)))
+      grid = kernel_grid(kernel, layers[name], rule, (clips or {}).get(name), (grids or {}).get(name))
+      params[kernel_path(name)] = fake_quant(kernel, *grid)
     return apply({**variables, "params": flax.traverse_util.unflatten_dict(params)}, images)
 
   return wrapped
@@ -101,6 +126,7 @@ class QuantizedNetwork:
   """A network in simulated low precision, used like a `Network`; a pytree of its float variables and its ranges.
 
   Invariant: biases, BatchNorm and residual additions are float. `variables` are float and rounded at every call.
+  A layer in `grids` has a grid of its own; that of every other layer follows its weights.
 
   Attributes:
     network: the float network that holds the weights.
@@ -108,19 +134,23 @@ class QuantizedNetwork:
     ranges: activation range of every layer with quantized inputs.
     clips: clipped shares of each layer's weight range; empty unless `rules.weights_range` is "mse". They are constants:
       in distillation the grids follow the weights and keep the shares.
+    grids: scale and zero point of layers whose grid does not follow the weights, such as those of `reconstruct`.
   """
 
   network: Network
   rules: QuantRules
   ranges: Ranges
   clips: WeightClips = dataclasses.field(default_factory=dict)
+  grids: WeightGrids = dataclasses.field(default_factory=dict)
 
-  def tree_flatten(self) -> tuple[tuple[Network, Ranges, WeightClips], QuantRules]:
-    """Children: the network, the ranges and the clips. The rules are static."""
-    return (self.network, self.ranges, self.clips), self.rules
+  def tree_flatten(self) -> tuple[tuple[Network, Ranges, WeightClips, WeightGrids], QuantRules]:
+    """Children: the network, the ranges, the clips and the grids. The rules are static."""
+    return (self.network, self.ranges, self.clips, self.grids), self.rules
 
   @classmethod
-  def tree_unflatten(cls, rules: QuantRules, children: tuple[Network, Ranges, WeightClips]) -> QuantizedNetwork:
+  def tree_unflatten(
+    cls, rules: QuantRules, children: tuple[Network, Ranges, WeightClips, WeightGrids]
+  ) -> QuantizedNetwork:
     """Rebuild from children, which can be placeholders."""
     return cls(children[0], rules, *children[1:])
 
@@ -132,7 +162,7 @@ class QuantizedNetwork:
       images: f32[b,h,w,c] in [0,1].
     """
     apply = quantize_inputs(self.network.forward, self.network, self.rules, self.ranges)
-    return quantize_weights(apply, self.network, self.rules, self.clips)(variables, images)
+    return quantize_weights(apply, self.network, self.rules, self.clips, self.grids)(variables, images)
 
   def apply(self, images: Array | np.ndarray) -> Array:
     """Logits f32[b,k] of images f32[b,h,w,c] in [0,1], in evaluation mode."""
@@ -178,7 +208,12 @@ class QuantizedNetwork:
 
 
 def quantize(
-  network: Network, rules: QuantRules, ranges: Ranges, *, clips: WeightClips | None = None
+  network: Network,
+  rules: QuantRules,
+  ranges: Ranges,
+  *,
+  clips: WeightClips | None = None,
+  grids: WeightGrids | None = None,
 ) -> QuantizedNetwork:
   """The network in simulated low precision, with given rules and calibrated ranges.
 
@@ -187,6 +222,7 @@ def quantize(
     rules: bits of every layer.
     ranges: of `calibrate`; layers with float inputs need none.
     clips: of `weight_clips`; None: computed here if `rules.weights_range` is "mse".
+    grids: scales and zero points of layers whose grid does not follow the weights.
 
   Raises:
     RuleError: a rule matches no layer.
@@ -210,4 +246,5 @@ def quantize(
       raise KwjaxError(f"the range of layer {name} must be finite with lowest <= highest, found {lo} to {hi}")
   clips = weight_clips(network, rules) if clips is None else clips
   check_clips(network, resolved, clips, complete=rules.weights_range != "minmax")
-  return QuantizedNetwork(network, rules, ranges, clips)
+  check_grids(network, resolved, grids or {})
+  return QuantizedNetwork(network, rules, ranges, clips, dict(grids or {}))

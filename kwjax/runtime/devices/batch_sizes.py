@@ -21,10 +21,10 @@ _PARTS = 16  # in a batch at most: 8 take 1 % longer, and a stop waits for all o
 
 
 def part_size(group: DeviceGroup, image_shape: Sequence[int]) -> int | None:
-  """Images of (h, w, c) that a device computes at a time, at least 1. None on accelerators, which take what they are given."""
+  """Images of (..., c) that a device computes at a time, at least 1. None on accelerators, which take what they are given."""
   if group.devices[0].platform != "cpu":
     return None
-  return max(_PART_PIXELS // (image_shape[0] * image_shape[1]), 1)
+  return max(_PART_PIXELS // max(math.prod(image_shape[:-1]), 1), 1)
 
 
 def forward_size(group: DeviceGroup, batch_size: int, count: int, image_shape: Sequence[int]) -> int:
@@ -37,7 +37,7 @@ def forward_size(group: DeviceGroup, batch_size: int, count: int, image_shape: S
     group: the devices.
     batch_size: most images over all devices; rounded up to a multiple of them.
     count: images there are, which may be 0.
-    image_shape: (h, w, c).
+    image_shape: (h, w, c), or of features (..., c).
   """
   most = max(min(batch_size, count), 1)
   part = part_size(group, image_shape)

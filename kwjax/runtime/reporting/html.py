@@ -16,6 +16,8 @@ _SETS = {"held_out": "held-out", "eval": "evaluation"}
 _OWN = ("accuracy", "jkl")
 _FILTERS = ("anchor", "columns", "data_url", "number", "thousands")
 
+_STAGES = ("calibrated", "reconstructed", "distilled")
+
 
 class _Section(NamedTuple):
   """A part of the page: heading, the macro of `templates/sections.html` that shows it, what it shows, name in the links."""
@@ -80,6 +82,7 @@ def _sections(
     _Section("Accuracy", "accuracy", {"rows": _results(report), "figures": own["accuracy"]}),
     _Section("Agreement with the float network", "agreement", _agreement(report), "Agreement"),
     _Section("Notes", "notes", report.get("notes"), is_expected=False),
+    _Section("What was decided, and why", "table", report.get("decisions"), "Decisions", is_expected=False),
     _Section("Images", "gallery", _images(report, images), is_expected=False),
     _Section("Classes of the images", "classes", _classes(report), "Classes", is_expected=False),
     _Section("Similarity to the training data (J_KL)", "similarity", _similarity(report, own["jkl"]), "Similarity"),
@@ -102,8 +105,10 @@ def summary(report: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str
   if floating.get("top1") is not None:
     count = f" on {floating['count']:,} images" if floating.get("count") else ""
     parts.append(f"the float network has {percent(floating['top1'])} top-1{count}")
-  for stage in ("calibrated", "distilled"):
-    last = [(bits, data, result["top1"]) for bits, data, result in _leaves(report[stage]) if result["top1"] is not None]
+  for stage in _STAGES:
+    last = [
+      (bits, data, result["top1"]) for bits, data, result in _leaves(report.get(stage)) if result["top1"] is not None
+    ]
     if last:
       bits = last[-1][0]
       data, best = max(((d, v) for b, d, v in last if b == bits), key=lambda item: item[1])
@@ -146,10 +151,10 @@ def _results(report: Mapping[str, Any]) -> list[dict[str, Any]]:
   floating = _as_mapping(report["float"])
   count = floating.get("count")
   found = [_result_row("float", "", floating, count)]
-  for stage in ("calibrated", "distilled"):
-    leaves = list(_leaves(report[stage]))
+  for stage in _STAGES:
+    leaves = list(_leaves(report.get(stage)))
     found += [_result_row(f"{bits}, {stage}", data, result, count) for bits, data, result in leaves]
-    if not leaves:
+    if not leaves and stage in report:
       found.append({"network": stage, "data": "", "top-1": None, "95 % interval": "", "std": "", "seeds": ""})
   return [] if all(row["top-1"] is None for row in found) else found
 

@@ -75,8 +75,9 @@ def complete(report: Mapping[str, Any]) -> dict[str, Any]:
   Args:
     report: any of `network`, `protocol`, `seed`, `float` {top1, count}, `jkl` {start, final, per_layer}, `synthesis`
       {images, steps, seconds, images_per_minute}, `calibrated` and `distilled` {bits: {data: {top1, std, seeds}}},
-      `agreement`, `versions`, `command`, and others, of which the page shows `notes` and `classes` {counts {class:
-      images}, effective, confidence, aimed}, as in `kwjax.analysis.class_balance`.
+      `agreement`, `versions`, `command`, and others, of which the page shows `reconstructed`, as `calibrated`, `notes`,
+      `decisions` [{about, choice, reason}] and `classes` {counts {class: images}, effective, confidence, aimed}, as in
+      `kwjax.analysis.class_balance`.
 
   Returns:
     A new mapping that `json.dumps(allow_nan=False)` accepts.
@@ -90,11 +91,11 @@ def complete(report: Mapping[str, Any]) -> dict[str, Any]:
   for key, inner in _KEYS.items():
     if inner and full[key] is not None:
       full[key] = _with_keys(full[key], inner, key)
-  for key in ("calibrated", "distilled"):
-    for bits, row in _mapping(full[key] or {}, key).items():
+  for key, tree in (("calibrated", full), ("reconstructed", plain), ("distilled", full)):
+    for bits, row in _mapping(tree.get(key) or {}, key).items():
       for data, result in _mapping(row or {}, f"{key}.{bits}").items():
         if result is not None:
-          full[key][bits][data] = _with_keys(result, _RESULT_KEYS, f"{key}.{bits}.{data}")
+          tree[key][bits][data] = _with_keys(result, _RESULT_KEYS, f"{key}.{bits}.{data}")
   _check_fractions(full, "")
   earlier = plain.pop("notes", None)
   full.update(plain)
