@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 from kwjax import intercept
-from kwjax.errors import KwjaxError
+from kwjax.errors import Interrupted, KwjaxError
 from kwjax.network import Array, Network
 from kwjax.quantization.extremes import check_images
 from kwjax.quantization.fake_quant import fake_quant
@@ -175,12 +175,25 @@ def reconstruct_with_report(
   units = find_units(student.network, config.units)
   settings = lambda: _settings(student, reference, images, config, key)
   with open_store(workdir, "reconstruction", settings) as store, open_shelf(workdir, config.host_bytes) as shelf:
-    if should_stop is not None and store.should_stop is None:
-      store = dataclasses.replace(store, should_stop=should_stop)
+    if should_stop is not None:
+      store = _stoppable(store, should_stop)
     run = _Run(student, reference, config, group, units, rules, store, shelf, key)
     with progress_bar(len(units) * config.iterations, "reconstruct", progress) as bar:
       values, reports = run.finish(np.asarray(images, np.float32), bar)
   return run.student_with(values), reports
+
+
+def _stoppable(store: Store, should_stop: Callable[[], bool]) -> Store:
+  """A store that the caller can stop too, and then raises Interrupted."""
+  by_signal, asked = store.should_stop or (lambda: False), False
+
+  def either() -> bool:
+    nonlocal asked
+    asked = asked or should_stop()
+    return asked or by_signal()
+
+  stopped = lambda text: Interrupted(text) if asked else store.stopped(text)
+  return dataclasses.replace(store, should_stop=either, stopped=stopped)
 
 
 def _settings(

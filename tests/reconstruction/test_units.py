@@ -14,6 +14,7 @@ import pytest
 import kwjax
 from kwjax.errors import KwjaxError
 from kwjax.intercept import matmul_layers
+from kwjax.models.densenet import DenseNet
 from kwjax.network import Network
 from kwjax.reconstruction import Unit, find_units
 from kwjax.reconstruction.trace import given_variables
@@ -54,17 +55,16 @@ def test_a_residual_block_that_is_written_inline_is_one_unit(residual: Network) 
 
 
 @pytest.mark.parametrize(
-  ("arch", "count", "name", "size"),
+  ("module", "count", "name", "size"),
   [
-    ("resnet20", 11, "layer1_0", 2),
-    ("resnet18", 10, "layer2_0", 3),
-    ("mobilenet_v2", 20, "features_2", 3),  # no residual addition: a chain of three layers in one module
-    ("densenet121", 63, "denseblock1/denselayer1", 2),
+    (kwjax.get_model("resnet20"), 11, "layer1_0", 2),
+    (kwjax.get_model("mobilenet_v2"), 20, "features_2", 3),  # no addition: a chain of three layers in one module
+    (DenseNet((2, 1, 1, 1), growth=4), 10, "denseblock1/denselayer2", 2),
   ],
+  ids=["resnet", "mobilenet", "densenet"],
 )
-def test_units_of_known_networks_are_their_blocks(arch: str, count: int, name: str, size: int) -> None:
-  shape = (32, 32, 3) if arch == "resnet20" else (64, 64, 3)
-  module = kwjax.get_model(arch)
+def test_units_of_known_networks_are_their_blocks(module: nn.Module, count: int, name: str, size: int) -> None:
+  shape = (32, 32, 3)
   variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *shape))))
   network = Network(module, variables, image_shape=shape, input_mean=(0.5,) * 3, input_std=(0.2,) * 3)
   units = {unit.name: unit for unit in find_units(network)}
