@@ -2,8 +2,8 @@
 
 `compress` does all of it in one call. The stages, in the order in which data goes through them: a `Network`; the statistics
 of its BatchNorm layers (`observe`, `reference_moments`, `bns_loss`, `measure`); images made out of it (`synthesize`); low
-precision (`calibrate`, `quantize`, `integer_weights`); fine-tuning (`distill`); how good the student is (`evaluate`,
-`agreement`).
+precision (`calibrate`, `quantize`, `reconstruct`, `integer_weights`); fine-tuning (`distill`); how good the student is
+(`evaluate`, `agreement`).
 """
 
 import importlib.metadata as _metadata
@@ -43,6 +43,7 @@ from kwjax.quantization import (
   quantize,
   save_quantized,
 )
+from kwjax.reconstruction import ReconstructConfig, UnitReport, reconstruct, reconstruct_with_report
 from kwjax.runtime.data import load_data
 from kwjax.runtime.evaluate import Accuracy, Agreement, agreement, evaluate
 from kwjax.sources import Batch, FixedSet, FreshNoise, Pixels, Source
@@ -85,11 +86,13 @@ __all__ = [
   "QuantRules",
   "QuantizedNetwork",
   "Ranges",
+  "ReconstructConfig",
   "SampleSet",
   "ScoreReference",
   "Similarity",
   "Source",
   "SynthesisConfig",
+  "UnitReport",
   "adjust_statistics",
   "agreement",
   "allocate_bits",
@@ -129,6 +132,8 @@ __all__ = [
   "model_info",
   "observe",
   "quantize",
+  "reconstruct",
+  "reconstruct_with_report",
   "reference_moments",
   "save_network",
   "save_quantized",

@@ -41,6 +41,7 @@ SIZES = {
   "batch-size": 8,
   "steps": 300,
   "distill-steps": 300,
+  "reconstruct-iterations": 0,
   "checkpoint-seconds": 0.2,
   "checkpoint-steps": 20,
 }

@@ -8,7 +8,17 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-STAGES = {"batchnorm", "synthesis", "sources", "distillation", "training", "quantization", "analysis", "export"}
+STAGES = {
+  "batchnorm",
+  "synthesis",
+  "sources",
+  "distillation",
+  "training",
+  "quantization",
+  "reconstruction",
+  "analysis",
+  "export",
+}
 MAIN_JOB = {"compression", "cli"}
 
 
