@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from tests.processes import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = ("--image-size", "16", "--batch", "4", "--seconds", "0.2", "--repeats", "2", "--no-compile")
@@ -20,9 +21,9 @@ needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reas
 
 def run(command: str, *options: str, path: pathlib.Path | None = None) -> subprocess.CompletedProcess[str]:
   # One device, as on a user's machine, whatever the tests run on.
-  environment = {**os.environ, "XLA_FLAGS": ""} | ({} if path is None else {"PYTHONPATH": str(path)})
+  variables = environment() if path is None else environment(PYTHONPATH=str(path))
   arguments = [sys.executable, "-m", f"benchmarks.{command}", *options]
-  return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+  return subprocess.run(arguments, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=400, check=False)
 
 
 @needs_torch

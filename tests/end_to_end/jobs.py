@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import safetensors.numpy
 from kwjax.models import get_model
 from kwjax.network import Network, save_network
 from tests.networks import random_network
+from tests.processes import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 300.0
@@ -77,13 +77,11 @@ class Process:
 
   def __init__(self, inputs: pathlib.Path, workdir: pathlib.Path, log: pathlib.Path, **sizes: float) -> None:
     self.log = log
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(inputs / "xla")
     # Programs of this size compile in less than the second from which on they are kept by default.
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(inputs / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "experiments.cifar_bns", *arguments(inputs, workdir, **sizes)]
     with open(log, "wb") as file:
-      self.popen = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=file)
+      self.popen = subprocess.Popen(command, cwd=ROOT, env=environment(**cache), stdout=subprocess.DEVNULL, stderr=file)
 
   def said(self) -> str:
     """Everything up to now."""
