@@ -36,6 +36,7 @@ import pytest
 
 from kwjax import kernels
 
+kernels._asked_for()  # of the environment outside; it reads once what `quick_compilation` changes for other processes
 WITH_KERNELS = ("kernels", "models", "weights_conversion", "runtime", "export", "tests")
 
 
@@ -48,9 +49,11 @@ def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
   """
   quick = request.node.get_closest_marker("optimized") is None
   jax.config.update("jax_disable_most_optimizations", quick)
-  plain = contextlib.nullcontext() if request.path.parent.name in WITH_KERNELS else kernels.enabled(False)
-  with plain, pytest.MonkeyPatch.context() as patch:
+  plain = request.path.parent.name not in WITH_KERNELS
+  with kernels.enabled(False) if plain else contextlib.nullcontext(), pytest.MonkeyPatch.context() as patch:
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
+    if plain:
+      patch.setenv(kernels.VARIABLE, "off")
     yield
   jax.config.update("jax_disable_most_optimizations", False)
 
