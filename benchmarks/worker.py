@@ -59,7 +59,7 @@ def matmul_peak(framework: str, size: int = 1536, repeats: int = 8) -> float:
   return 2 * size**3 / best
 
 
-def _prepare(module: Any, spec: dict[str, Any]) -> Callable[[], None]:
+def prepare(module: Any, spec: dict[str, Any]) -> Callable[[], None]:
   """The function of one side that runs one step and waits for it, on all the machine has."""
   from benchmarks.torch_networks import import_torch, kwjax_network, torch_network
 
@@ -70,6 +70,22 @@ def _prepare(module: Any, spec: dict[str, Any]) -> Callable[[], None]:
     return module.prepare_kwjax(spec, kwjax_network(name, image_size=size), every_device(spec.get("devices")))
   import_torch().set_num_threads(cores())
   return module.prepare_torch(spec, torch_network(name, image_size=size))
+
+
+def answer(command: str, step: Callable[[], None], framework: str) -> Any:
+  """What a command is answered with; see the module."""
+  if command == "memory":
+    return peak_memory()
+  if command == "forget":
+    return forget_peak()
+  if command == "peak":
+    return matmul_peak(framework)
+  seconds = []
+  for _ in range(int(command)):
+    start = time.perf_counter()
+    step()
+    seconds.append(time.perf_counter() - start)
+  return seconds
 
 
 def main() -> None:
@@ -89,7 +105,7 @@ def main() -> None:
   module = importlib.import_module(spec["module"])
   start = time.perf_counter()
   try:
-    step = _prepare(module, spec)
+    step = prepare(module, spec)
     first = time.perf_counter()
     step()
   except KwjaxError as error:
@@ -97,21 +113,7 @@ def main() -> None:
     return
   print(json.dumps({"prepare_s": first - start, "first_step_s": time.perf_counter() - first}), file=answers)
   for line in sys.stdin:
-    command = line.strip()
-    answer: Any = None
-    if command == "memory":
-      answer = peak_memory()
-    elif command == "forget":
-      forget_peak()
-    elif command == "peak":
-      answer = matmul_peak(spec["framework"])
-    else:
-      answer = []
-      for _ in range(int(command)):
-        start = time.perf_counter()
-        step()
-        answer.append(time.perf_counter() - start)
-    print(json.dumps(answer), file=answers)
+    print(json.dumps(answer(line.strip(), step, spec["framework"])), file=answers)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Undisturbed(NamedTuple):
   result: dict[str, Any]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
   """A run from start to end in a process of its own."""
   folder = tmp_path_factory.mktemp("undisturbed")

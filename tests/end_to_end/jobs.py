@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
-import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -15,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+import tqdm
 
+from experiments import cifar_bns
 from kwjax.models import get_model
 from kwjax.network import Network, save_network
 from tests.networks import random_network
+from tests.processes import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 300.0
@@ -39,9 +43,9 @@ SIZES = {
   "images": 12,
   "held-out": 4,
   "batch-size": 8,
-  "steps": 300,
-  "distill-steps": 300,
   "reconstruct-iterations": 0,
+  "steps": 200,
+  "distill-steps": 150,
   "checkpoint-seconds": 0.2,
   "checkpoint-steps": 20,
 }
@@ -73,18 +77,41 @@ def arguments(inputs: pathlib.Path, workdir: pathlib.Path, **sizes: float) -> li
   return [*given, "--bits", "8w8a", "4w4a", "--first-last", "none"]
 
 
+# Jobs are forked from a process that has imported what they need, which takes longer than what they do. It uses no device.
+_SERVER = multiprocessing.get_context("forkserver")
+_IMPORTED = ("tests.end_to_end.jobs", "kwjax.cli.compress_report", "weights_conversion.convert", "orbax.checkpoint")
+_SERVER.set_forkserver_preload([*_IMPORTED, "jinja2", "matplotlib.pyplot", "scipy.stats"])
+
+
+def _job(given: list[str], log: pathlib.Path, cache: pathlib.Path) -> None:
+  """What `python -m experiments.cifar_bns` does, in a process that has JAX already."""
+  with open(log, "wb") as file, open(os.devnull, "wb") as nothing:
+    os.dup2(file.fileno(), 2)
+    os.dup2(nothing.fileno(), 1)
+  os.environ["XLA_FLAGS"] = environment()["XLA_FLAGS"]
+  jax.config.update("jax_disable_most_optimizations", True)
+  # Of their own: a job that is killed may leave half a program. They compile in less time than those that are kept by default.
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed job would leave behind
+  sys.exit(cifar_bns.main(given))
+
+
 class Process:
   """`python -m experiments.cifar_bns` under way; what it says goes to a file."""
 
   def __init__(self, inputs: pathlib.Path, workdir: pathlib.Path, log: pathlib.Path, **sizes: float) -> None:
     self.log = log
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(inputs / "xla")
-    # Programs of this size compile in less than the second from which on they are kept by default.
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    command = [sys.executable, "-m", "experiments.cifar_bns", *arguments(inputs, workdir, **sizes)]
-    with open(log, "wb") as file:
-      self.popen = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=file)
+    log.touch()
+    given = (arguments(inputs, workdir, **sizes), log, inputs / "xla")
+    self._process = _SERVER.Process(target=_job, args=given, daemon=True)
+    self._process.start()
+    assert self._process.pid is not None
+    self.pid = self._process.pid
+
+  def runs(self) -> bool:
+    """Whether it has not ended."""
+    return self._process.exitcode is None
 
   def said(self) -> str:
     """Everything up to now."""
@@ -99,23 +126,27 @@ class Process:
   def wait_for(self, stage: str) -> None:
     """Returns when the job has reached a stage or has ended."""
     order, deadline = (*STAGES, "end"), time.monotonic() + LIMIT_SECONDS
-    while self.popen.poll() is None and order.index(self.stage()) < order.index(stage):
+    while self.runs() and order.index(self.stage()) < order.index(stage):
       assert time.monotonic() < deadline, f"no {stage} in time: {self.said()[-2000:]}"
       time.sleep(0.005)
 
+  def send(self, number: signal.Signals) -> None:
+    """Sends a signal, if the job still runs."""
+    if self.runs():
+      os.kill(self.pid, number)
+
   def signal(self, number: signal.Signals) -> int:
     """Sends a signal, if the job still runs; returns the exit status."""
-    if self.popen.poll() is None:
-      self.popen.send_signal(number)
+    self.send(number)
     return self.wait()
 
   def wait(self) -> int:
     """Exit status; a job that hangs is killed and fails the test."""
-    try:
-      return self.popen.wait(LIMIT_SECONDS)
-    except subprocess.TimeoutExpired:
-      self.popen.kill()
-      raise
+    self._process.join(LIMIT_SECONDS)
+    if self._process.exitcode is None:
+      self._process.kill()
+      raise TimeoutError(f"the job hangs: {self.said()[-2000:]}")
+    return self._process.exitcode
 
 
 def result(workdir: pathlib.Path) -> dict[str, Any]:

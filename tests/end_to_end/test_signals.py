@@ -76,12 +76,12 @@ def test_a_second_run_is_refused_and_a_second_interrupt_ends_the_first_at_once(
   second = jobs.Process(undisturbed.inputs, workdir, tmp_path / "second", steps=STEPS)
   assert second.wait() == 2
   assert "everything goes to" not in second.said()
-  assert f"error: {workdir} is in use by process {first.popen.pid} on " in second.said().splitlines()[-1]
-  assert first.popen.poll() is None
+  assert f"error: {workdir} is in use by process {first.pid} on " in second.said().splitlines()[-1]
+  assert first.runs()
   # The second signal comes as soon as the first was answered.
-  first.popen.send_signal(signal.SIGINT)
+  first.send(INT)
   deadline = time.monotonic() + jobs.LIMIT_SECONDS
-  while "stopping at the next safe point" not in first.said() and first.popen.poll() is None:
+  while "stopping at the next safe point" not in first.said() and first.runs():
     assert time.monotonic() < deadline
     time.sleep(0.001)
   status = first.signal(INT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import flax.linen as nn
@@ -51,11 +52,28 @@ def _wide_resnet_counts(depth, width, num_classes=100):
   return parameters + 2 * channels + (channels + 1) * num_classes, norms
 
 
-def _shapes(name, **options):
-  module, info = get_model(name, **options), model_info(name)
-  images = jax.ShapeDtypeStruct((2, *info.image_shape), jnp.float32)
-  variables = jax.eval_shape(module.init, jax.random.key(0), images)
-  return module, images, variables
+# Tracing a deep network takes seconds.
+@functools.cache
+def _traced(name):
+  """Variables, and what each BatchNorm layer is called with: (epsilon, momentum, whether it uses running statistics)."""
+  seen = set()
+
+  def record(next_function, arguments, keywords, context):
+    if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+      seen.add((context.module.epsilon, context.module.momentum, context.module.use_running_average))
+    return next_function(*arguments, **keywords)
+
+  with nn.intercept_methods(record):
+    variables = jax.eval_shape(get_model(name).init, jax.random.key(0), _images(name))
+  return variables, seen
+
+
+def _images(name):
+  return jax.ShapeDtypeStruct((2, *model_info(name).image_shape), jnp.float32)
+
+
+def _shapes(name):
+  return _traced(name)[0]
 
 
 def _count(variables):
@@ -65,12 +83,12 @@ def _count(variables):
 
 @pytest.mark.parametrize("name", sorted(_COUNTS))
 def test_published_counts(name):
-  assert _count(_shapes(name)[2]) == _COUNTS[name]
+  assert _count(_shapes(name)) == _COUNTS[name]
 
 
 @pytest.mark.parametrize(("depth", "width"), [(28, 10), (40, 2), (40, 1), (16, 1), (16, 2), (16, 8)])
 def test_wide_resnet_counts(depth, width):
-  assert _count(_shapes(f"wrn{depth}_{width}")[2]) == _wide_resnet_counts(depth, width)
+  assert _count(_shapes(f"wrn{depth}_{width}")) == _wide_resnet_counts(depth, width)
 
 
 def test_wide_resnet_28_10_has_the_published_36_5_million_parameters():
@@ -83,10 +101,21 @@ def test_every_name_is_counted():
   assert len(wide) == 6
 
 
-@pytest.mark.parametrize("name", known_models())
+# The others are deeper or wider ones of these.
+_KINDS = (
+  *("resnet20", "resnet18", "resnet50", "mobilenet_v2", "densenet121", "efficientnet_lite0", "wrn16_1", "wrn16_2"),
+  *("resnet18_cifar", "mobilenet_v2_cifar", "densenet121_cifar"),
+)
+
+
+def test_kinds_are_of_every_family():
+  assert {model_info(name).family for name in _KINDS} == {model_info(name).family for name in known_models()}
+
+
+@pytest.mark.parametrize("name", _KINDS)
 def test_logits_are_float32_in_both_modes_and_classes_can_be_changed(name):
-  module, images, variables = _shapes(name, num_classes=7)
-  logits = jax.eval_shape(module.apply, variables, images)
+  module, images = get_model(name, num_classes=7), _images(name)
+  logits, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), images)
   assert logits.shape == (2, 7)
   assert logits.dtype == jnp.float32
   trained = jax.eval_shape(lambda v, x: module.apply(v, x, train=True, mutable=["batch_stats"]), variables, images)
@@ -146,28 +175,19 @@ def test_logits_are_float32_in_both_modes_and_classes_can_be_changed(name):
   ],
 )
 def test_layer_names(name, paths):
-  variables = _shapes(name)[2]
+  variables = _shapes(name)
   layers = {"/".join(path[:-1]) for path in flatten_dict(variables["params"])}
   assert set(paths) <= layers
 
 
 def test_first_wide_block_without_widening_has_no_projection():
-  assert "convShortcut" not in _shapes("wrn16_1")[2]["params"]["block1_layer_0"]
+  assert "convShortcut" not in _shapes("wrn16_1")["params"]["block1_layer_0"]
 
 
 @pytest.mark.parametrize("name", known_models())
 def test_batch_norm_constants_are_those_of_the_original(name):
-  module, images, _ = _shapes(name)
-  info, seen = model_info(name), set()
-
-  def record(next_function, arguments, keywords, context):
-    if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-      seen.add((context.module.epsilon, context.module.momentum, context.module.use_running_average))
-    return next_function(*arguments, **keywords)
-
-  with nn.intercept_methods(record):
-    jax.eval_shape(module.init, jax.random.key(0), images)
-  assert seen == {(info.batch_norm_eps, info.batch_norm_momentum, True)}
+  info = model_info(name)
+  assert _traced(name)[1] == {(info.batch_norm_eps, info.batch_norm_momentum, True)}
 
 
 @pytest.mark.parametrize("name", ["resnet20", "wrn16_1"])
@@ -197,8 +217,9 @@ def test_option_a_shortcut_keeps_every_second_pixel_between_zero_channels():
 
 
 def test_dropout_is_an_option_that_changes_no_parameter():
-  module, images, variables = _shapes("mobilenet_v2", dropout_rate=0.2)
-  assert jax.tree.structure(variables) == jax.tree.structure(_shapes("mobilenet_v2")[2])
+  module, images = get_model("mobilenet_v2", dropout_rate=0.2), _images("mobilenet_v2")
+  variables = jax.eval_shape(module.init, jax.random.key(0), images)
+  assert jax.tree.structure(variables) == jax.tree.structure(_shapes("mobilenet_v2"))
   keywords = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(0)}}
   logits, _ = jax.eval_shape(lambda v, x: module.apply(v, x, **keywords), variables, images)
   assert logits.shape == (2, 1000)

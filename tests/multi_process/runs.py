@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+
+from tests.processes import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROCESSES = 2
@@ -35,20 +36,13 @@ def started(
   """
   logs.mkdir(parents=True, exist_ok=True)
   address = f"127.0.0.1:{free_port()}"
-  environment = {
-    **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    "KWJAX_CACHE": str(cache),
-    "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    # As the tests compile their own programs: numbers are compared with those.
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-  }
+  caches = {"KWJAX_CACHE": str(cache), "JAX_COMPILATION_CACHE_DIR": str(cache / "xla")}
+  variables = environment(2, **caches, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")
   running = []
   for index in range(PROCESSES):
     with open(logs / f"log-{index}", "w") as log:
       command = [sys.executable, "-m", module, *arguments(address, index)]
-      running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+      running.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT))
   try:
     yield running
   finally:

@@ -17,6 +17,7 @@ import pytest
 from nbclient import NotebookClient
 
 import kwjax
+from tests.processes import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "notebooks"
@@ -101,19 +102,17 @@ def test_uses_public_names_only(name: str) -> None:
 
 def execute(name: str, folder: pathlib.Path) -> nbformat.NotebookNode:
   """The notebook after a run at smoke size in `folder`, in a process of its own."""
-  # The notebooks choose the number of CPU devices themselves, which the suite's flag would forbid.
-  dropped = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS")
-  environment = {key: value for key, value in os.environ.items() if key not in dropped}
-  environment |= {
+  # The notebooks choose the number of CPU devices themselves, which another choice would forbid.
+  variables = {
     "KWJAX_SMOKE": "1",
     "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "IPYTHONDIR": str(folder / "ipython"),
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
   }
+  chosen = {name: value for name, value in environment(**variables).items() if name != "JAX_NUM_CPU_DEVICES"}
   notebook = nbformat.from_dict(read(name))
   client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-  client.execute(env=environment)
+  client.execute(env=chosen)
   return notebook
 
 
