@@ -35,7 +35,7 @@ class Options:
   """Weights of --arch: a .pth/.safetensors file, a URL, `torchvision`, or `demo` (the embedded EfficientNet-Lite0)."""
   scheme: Scheme = "bns"
   """How images are made. Gaussian images are always made beside them, as the baseline."""
-  bits: tuple[str, ...] = ("8w8a", "4w4a")
+  bits: tuple[str, ...] = ("8w8a", "4w8a", "4w4a")
   """Precisions to calibrate, each #w#a; the last one named is saved, and fine-tuned if it is far from the float network."""
   first_last: str | None = "8w8a"
   """Precision of the first convolution and of the classifier; `none` treats them like the rest."""

@@ -134,7 +134,8 @@ def compress(
     held_out: images beside them, for the agreement with the float network alone. Default: 128 or 24; at most a quarter
       of given ones.
     config: of the synthesis. Default: what suits the size of the images.
-    reconstruct: whether and how precisions below 8 bits are reconstructed.
+    reconstruct: whether and how precisions below 8 bits are reconstructed. True: up to 64 pixels; the few images that are
+      made beyond are not enough.
     finetune: whether and how the last precision is fine-tuned. True and `FineTuning` leave open what depends on how good the
       student is: one that is reconstructed and near the float network is not fine-tuned. A `DistillConfig` says everything.
     baselines: further image sets that every precision is calibrated with, for comparison only:

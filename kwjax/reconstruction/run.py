@@ -163,7 +163,7 @@ def reconstruct_with_report(
   progress: bool = False,
   should_stop: Callable[[], bool] | None = None,
 ) -> tuple[QuantizedNetwork, tuple[UnitReport, ...]]:
-  """As `reconstruct`; also returns what happened to each unit."""
+  """As `reconstruct`, on images f32[n,h,w,c]; also returns what happened to each unit."""
   config = config or ReconstructConfig()
   reference = student.network if reference is None else reference
   check_images(student.network, images)
