@@ -82,7 +82,7 @@ def _sections(
     _Section("Accuracy", "accuracy", {"rows": _results(report), "figures": own["accuracy"]}),
     _Section("Agreement with the float network", "agreement", _agreement(report), "Agreement"),
     _Section("Notes", "notes", report.get("notes"), is_expected=False),
-    _Section("What was decided, and why", "table", report.get("decisions"), "Decisions", is_expected=False),
+    _Section("What was decided, and why", "pairs", _decisions(report), "Decisions", is_expected=False),
     _Section("Images", "gallery", _images(report, images), is_expected=False),
     _Section("Classes of the images", "classes", _classes(report), "Classes", is_expected=False),
     _Section("Similarity to the training data (J_KL)", "similarity", _similarity(report, own["jkl"]), "Similarity"),
@@ -157,6 +157,11 @@ def _results(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not leaves and stage in report:
       found.append({"network": stage, "data": "", "top-1": None, "95 % interval": "", "std": "", "seeds": ""})
   return [] if all(row["top-1"] is None for row in found) else found
+
+
+def _decisions(report: Mapping[str, Any]) -> dict[str, str]:
+  """What was done and why, by what it is about."""
+  return {row["about"]: f"{row['choice']} {row['reason']}" for row in report.get("decisions") or ()}
 
 
 def _result_row(network: str, data: str, result: Mapping[str, Any], count: int | None) -> dict[str, Any]:
