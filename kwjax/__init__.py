@@ -43,7 +43,7 @@ from kwjax.quantization import (
   quantize,
   save_quantized,
 )
-from kwjax.reconstruction import ReconstructConfig, UnitReport, reconstruct, reconstruct_with_report
+from kwjax.reconstruction import ReconstructConfig, reconstruct
 from kwjax.runtime.data import load_data
 from kwjax.runtime.evaluate import Accuracy, Agreement, agreement, evaluate
 from kwjax.sources import Batch, FixedSet, FreshNoise, Pixels, Source
@@ -92,7 +92,6 @@ __all__ = [
   "Similarity",
   "Source",
   "SynthesisConfig",
-  "UnitReport",
   "adjust_statistics",
   "agreement",
   "allocate_bits",
@@ -133,7 +132,6 @@ __all__ = [
   "observe",
   "quantize",
   "reconstruct",
-  "reconstruct_with_report",
   "reference_moments",
   "save_network",
   "save_quantized",

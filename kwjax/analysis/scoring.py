@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kwjax.network import Network
 from kwjax.quantization import QuantizedNetwork
 from kwjax.runtime.data import ImageData
+from kwjax.runtime.devices import processes
 from kwjax.runtime.devices.parallel import DeviceGroup
 from kwjax.runtime.evaluate import Accuracy, Agreement, predict, score_logits
+from kwjax.runtime.logits import image_differences
 
 HELD_OUT, EVAL = "held_out", "eval"
 _NEAR_NATS = 1.0
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +115,12 @@ class Scorer:
         found["accuracy"] = dataclasses.asdict(result.accuracy)
     return found
 
-  def divergence(self, network: QuantizedNetwork) -> float | None:
-    """KL in nats from the float network on the held-out images; None without any."""
+  def divergences(self, network: QuantizedNetwork) -> list[float] | None:
+    """KL in nats from the float network on each held-out image; None without any."""
     if HELD_OUT not in self._sets:
       return None
-    logits = self._predict(network, HELD_OUT)
-    found = score_logits(logits, len(logits), None, self._float_logits(HELD_OUT)).agreement
-    assert found is not None
-    return found.kl
+    by_image = image_differences(self._predict(network, HELD_OUT), self._float_logits(HELD_OUT))[:, 1]
+    return processes.gather(by_image).tolist()
 
   def _float_logits(self, name: str) -> np.ndarray:
     if name not in self._expected:
@@ -129,6 +130,25 @@ class Scorer:
   def _predict(self, network: Network | QuantizedNetwork, name: str) -> np.ndarray:
     size = 256 if self._network.image_shape[0] <= 64 else 32
     return predict(network, self._sets[name], batch_size=size, devices=self._devices, should_stop=self._should_stop)
+
+
+def closest(found: Mapping[T, Sequence[float]]) -> T:
+  """The first candidate, unless a later one is closer to the float network by more than chance.
+
+  A later one takes its place if the mean of the paired differences of the images exceeds their standard error. So nothing is
+  changed for a gain that other images would not show.
+
+  Args:
+    found: KL on each held-out image, of every candidate; the simplest first. All have the same images.
+  """
+  names = list(found)
+  taken = names[0]
+  for name in names[1:]:
+    gain = np.subtract(found[taken], found[name])
+    error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    if gain.mean() > error:
+      taken = name
+  return taken
 
 
 def is_near(calibrated: Score) -> bool:

@@ -1,4 +1,8 @@
-"""Students that are tried for a precision: the one with the lowest KL from the float network on held-out images is taken."""
+"""Students that are tried for a precision: one that is closer to the float network on held-out images is taken.
+
+Closer means a lower KL by more than a standard error of the paired differences. EfficientNet-Lite0 at 4w8a, reconstructed from
+40 synthetic images, has 0.200 instead of 0.228 on 24 others, and 0.264 instead of 0.230 on real ones.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from kwjax.analysis.scoring import Score, Scorer
+from kwjax.analysis.scoring import Score, Scorer, closest
 from kwjax.compression import decisions, student
 from kwjax.compression.decisions import Decision
 from kwjax.compression.workspace import RECONSTRUCT_KEY, Workspace
@@ -64,14 +68,13 @@ def best(
 
   Args:
     workspace: where.
-    scorer: judges; without held-out images the correction with the fewest assumptions that a choice offers, the means, is taken.
+    scorer: judges; without held-out images the means are corrected.
     bits: the precision's name.
     rules: of the precision.
     method: of the calibration; says what is tried.
     images: f32[n,h,w,c] in [0,1].
     key: of the calibration's draws.
     name: of the image set.
-
   """
   plain = student.uncorrected(workspace, f"ranges-{name}", images, rules, method, key=key, description=name)
   wanted = method.corrections()
@@ -79,15 +82,16 @@ def best(
   if len(wanted) == 1:
     return Calibrated(tried[wanted[0]], plain, {wanted[0]: None})
   found = {
-    correction: workspace.results.once(f"tried-{bits}-{correction}", functools.partial(scorer.divergence, candidate))
+    correction: workspace.results.once(f"tried-{bits}-{correction}", functools.partial(scorer.divergences, candidate))
     for correction, candidate in tried.items()
   }
-  known = {correction: kl for correction, kl in found.items() if kl is not None}
-  taken: Correction = min(known, key=lambda correction: known[correction]) if known else "means"
-  shown = ", ".join(f"{correction} {kl:.3g}" for correction, kl in known.items())
-  if known:
-    workspace.log(f"corrections of {bits}, KL on held-out images: {shown}; {taken} is taken")
-  return Calibrated(tried[taken], plain, {taken: found[taken], **found})
+  means = {correction: None if values is None else float(np.mean(values)) for correction, values in found.items()}
+  if found["none"] is None:
+    return Calibrated(tried["means"], plain, {"means": None, **means})
+  taken = closest(found)
+  shown = ", ".join(f"{correction} {kl:.3g}" for correction, kl in means.items())
+  workspace.log(f"corrections of {bits}, KL on held-out images: {shown}; {taken} is taken")
+  return Calibrated(tried[taken], plain, {taken: means[taken], **means})
 
 
 def reconstructed(
@@ -117,22 +121,25 @@ def reconstructed(
   """
   before = None if score.held_out is None else score.held_out.kl
   if min(rules.bits.weights or 32, rules.bits.activations or 32) >= _ENOUGH_BITS:
-    return Reconstructed(calibrated.student, None, decisions.about_reconstruction(bits, before, {}, ()))
+    return Reconstructed(calibrated.student, None, decisions.about_reconstruction(bits, {}, ()))
   start = time.monotonic()
   key = jax.random.fold_in(key, RECONSTRUCT_KEY)
   made, reports = student.reconstructed(
     workspace, calibrated.plain, images, config, key=key, name=f"reconstruction-{bits}"
   )
   workspace.log(f"reconstructed {len(reports)} units of {bits} in {time.monotonic() - start:.0f} s")
-  tried = {"reconstructed": made, "means": student.corrected(workspace, made, images, "means")}
+  tried = {
+    "calibrated": calibrated.student,
+    "reconstructed": made,
+    "means": student.corrected(workspace, made, images, "means"),
+  }
   found = {
-    name: workspace.results.once(f"tried-{bits}-{name}-after", functools.partial(scorer.divergence, candidate))
+    name: workspace.results.once(f"tried-{bits}-after-{name}", functools.partial(scorer.divergences, candidate))
     for name, candidate in tried.items()
   }
-  everything: dict[str, float | None] = {"calibrated": before, **found}
-  known = {name: kl for name, kl in everything.items() if kl is not None}
-  taken = min(known, key=lambda name: known[name]) if known else "reconstructed"
-  why = decisions.about_reconstruction(bits, before, {taken: everything[taken], **found}, reports)
+  means = {name: None if values is None else float(np.mean(values)) for name, values in found.items()}
+  taken = "reconstructed" if before is None else closest(found)
+  why = decisions.about_reconstruction(bits, {taken: means[taken], **means}, reports)
   if taken == "calibrated":
     workspace.log(f"the reconstruction of {bits} is no closer to the float network: the calibrated student is kept")
     return Reconstructed(calibrated.student, None, why)

@@ -112,7 +112,9 @@ def _about_correction(name: str, method: Method, tried: Mapping[Correction, floa
   numbers = {f"kl_{correction}": kl for correction, kl in tried.items() if kl is not None}
   if len(tried) > 1 and numbers:
     shown = ", ".join(f"{numbers[f'kl_{correction}']:.3g} with {correction}" for correction in method.corrections())
-    reason = f"Its KL on the held-out images is the least, in nats: {shown} corrected."
+    reason = (
+      f"KL on the held-out images in nats: {shown} corrected; a correction has to gain more than a standard error."
+    )
   elif taken == "none":
     reason = "The method leaves them as they are."
   else:
@@ -120,16 +122,13 @@ def _about_correction(name: str, method: Method, tried: Mapping[Correction, floa
   return Decision(f"correction of {name}", _CORRECTED[taken], reason, numbers)
 
 
-def about_reconstruction(
-  bits: str, calibrated: float | None, tried: Mapping[str, float | None], reports: Sequence[UnitReport]
-) -> Decision:
+def about_reconstruction(bits: str, tried: Mapping[str, float | None], reports: Sequence[UnitReport]) -> Decision:
   """Whether a precision is reconstructed.
 
   Args:
     bits: the precision.
-    calibrated: KL of the calibrated student on the held-out images.
-    tried: KL of the reconstructed student, as it is and with its means corrected, the one that was taken first; empty where 8
-      bits make it needless. "calibrated" comes first where nothing was gained.
+    tried: KL on the held-out images of the calibrated student, of the reconstructed one ("reconstructed") and of that with
+      its means corrected ("means"), the one that was taken first; empty where 8 bits make it needless.
     reports: of the units.
   """
   about = f"reconstruction of {bits}"
@@ -137,19 +136,19 @@ def about_reconstruction(
     return Decision(about, "It is left out.", "With 8 bits throughout calibration suffices.")
   taken = next(iter(tried))
   numbers = {f"kl_{name}": kl for name, kl in tried.items() if kl is not None}
-  if calibrated is not None:
-    numbers["kl_calibrated"] = calibrated
   kept = sum(report.kept for report in reports)
   choice = {
     "calibrated": "The calibrated student is kept.",
     "reconstructed": f"Rounding and activation steps of {kept} of {len(reports)} units are reconstructed.",
     "means": f"{kept} of {len(reports)} units are reconstructed, and the means of all channels corrected.",
   }[taken]
-  if calibrated is None:
+  if not numbers:
     return Decision(about, choice, "No image is held out, so nothing speaks against it.", numbers)
-  after = min(kl for name, kl in tried.items() if kl is not None and name != "calibrated")
-  reason = f"It takes the KL from the float network on the held-out images from {calibrated:.3g} to {after:.3g} nats."
-  return Decision(about, choice, reason, numbers)
+  before = numbers["kl_calibrated"]
+  after = min(numbers["kl_reconstructed"], numbers["kl_means"]) if taken == "calibrated" else numbers[f"kl_{taken}"]
+  reason = f"It takes the KL from the float network on the held-out images from {before:.3g} to {after:.3g} nats"
+  chance = ", a gain within a standard error" if taken == "calibrated" and after < before else ""
+  return Decision(about, choice, f"{reason}{chance}.", numbers)
 
 
 def _about_weight_ranges(name: str, rules: QuantRules, method: Method) -> Decision:

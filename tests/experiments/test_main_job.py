@@ -81,7 +81,9 @@ def test_report_has_every_key_and_nothing_invented(finished: pathlib.Path) -> No
   assert report["jkl"]["final"] < report["jkl"]["start"]
   assert len(report["jkl"]["per_layer"]) == 8  # 7 BatchNorm layers and the input
   assert report["distilled"]["4w4a"]["bns"]["count"] == 12
-  assert {"correction of 4w4a", "fine-tuning of 4w4a", "student of 4w4a"} <= {row["about"] for row in report["decisions"]}
+  assert {"correction of 4w4a", "fine-tuning of 4w4a", "student of 4w4a"} <= {
+    row["about"] for row in report["decisions"]
+  }
   assert report["agreement"]["4w4a fine-tuned"]["bns"]["held_out"]["count"] == 2
 
 
