@@ -14,8 +14,8 @@ from kwjax.quantization.methods import PAPER, Method
 from kwjax.runtime.data import ImageData
 from kwjax.runtime.evaluate import predict, score_logits
 
-DRAWS = ("steps", "batch_size")
-"""Fields of a method that are no part of a way to calibrate: studies record them by themselves."""
+NO_PART = ("steps", "batch_size", "chooses")
+"""Fields of a method that are no part of a way to calibrate: studies record the draws by themselves, and never choose."""
 
 
 def with_draws(method: Method, chosen: Sizes) -> Method:

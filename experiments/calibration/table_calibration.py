@@ -37,7 +37,7 @@ from experiments._harness.image_sets import Source, digest, identity, short_name
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.study_report import top1_results
 from experiments._harness.tables import Results, Table
-from experiments.calibration.scored import DRAWS, scored, with_draws
+from experiments.calibration.scored import NO_PART, scored, with_draws
 from kwjax.cli.arguments import parse
 from kwjax.cli.command import run_command
 from kwjax.compression.student import calibrated
@@ -85,7 +85,7 @@ class Options(StudyOptions):
 
 def _settings(method: Method) -> dict[str, Any]:
   """What tells a method from others; one that leaves variances alone is what it was before there was that choice."""
-  settings = {name: value for name, value in method._asdict().items() if name not in DRAWS}
+  settings = {name: value for name, value in method._asdict().items() if name not in NO_PART}
   return {name: value for name, value in settings.items() if name != "corrects_variance" or value}
 
 

@@ -40,7 +40,7 @@ from experiments._harness.distilled import float_score
 from experiments._harness.image_sets import Source, digest, identity, short_name
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
 from experiments._harness.tables import Results, Table, over_seeds
-from experiments.calibration.scored import DRAWS, scored, with_draws
+from experiments.calibration.scored import NO_PART, scored, with_draws
 from kwjax.analysis.allocation_figures import bits_by_layer, size_curves
 from kwjax.cli.arguments import parse
 from kwjax.cli.command import run_command
@@ -122,7 +122,7 @@ class _Work:
       "source": source.settings,
       "budget": row,
       "equal": is_equal,
-      "method": {name: value for name, value in method._asdict().items() if name not in DRAWS},
+      "method": {name: value for name, value in method._asdict().items() if name not in NO_PART},
       "sensitivity": 0 if is_equal else self.options.sensitivity_images,
       "calibration": [chosen.images, chosen.calibration_steps, chosen.calibration_batch],
       "evaluation": identity(self.evaluation),
