@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,12 @@ import pytest
 
 import kwjax
 from kwjax.analysis.scoring import closest
-from kwjax.compression import recipe, settings
+from kwjax.compression import candidates, recipe, settings
+from kwjax.compression.workspace import Workspace
 from kwjax.errors import CheckpointError, Interrupted, KwjaxError
+from kwjax.quantization.methods import METHODS
+from kwjax.runtime.devices.parallel import device_group
+from kwjax.runtime.result_store import ResultStore
 from tests.end_to_end.jobs import tiny_network
 from tests.networks import tiny_network as network_without_batch_norm
 
@@ -108,6 +113,24 @@ def test_a_later_candidate_has_to_gain_more_than_a_standard_error() -> None:
   assert closest({"plain": plain, "other": [0.5, 1.7, 3.2, 4.2]}) == "plain"
   assert closest({"plain": plain, "near": [0.9, 1.9, 2.9, 3.9], "nearer": [0.8, 1.8, 2.8, 3.8]}) == "nearer"
   assert closest({"plain": [1.0], "other": [0.9]}) == "other"
+
+
+@pytest.mark.parametrize(
+  ("means", "taken"), [([1.0, 1.1, 1.2, 1.3], "means"), ([2.0, 1.1, 3.0, 1.3], "moments"), (None, "moments")]
+)
+def test_fewer_corrections_have_to_gain_more_than_chance(
+  network: kwjax.Network, means: list[float] | None, taken: str
+) -> None:
+  # In the order in which they are tried: none, means, moments.
+  answers = iter([None if means is None else [9.0] * 4, means, None if means is None else [2.0, 1.4, 2.9, 1.5]])
+  scorer = types.SimpleNamespace(divergences=lambda _: next(answers))
+  workspace = Workspace(network, device_group(1), ResultStore(None, {}), progress=False)
+  rules = kwjax.QuantRules.parse("4w4a", weights="integer")
+  method = METHODS["best"]._replace(steps=2, batch_size=16)
+  found = candidates.best(workspace, scorer, "4w4a", rules, method, IMAGES, key=KEY, name="bns")  # type: ignore[arg-type]
+  assert next(iter(found.tried)) == taken
+  expected = kwjax.correct_bias(found.plain, IMAGES, variance=taken == "moments", devices=1)
+  jax.tree.map(np.testing.assert_array_equal, found.student, expected)
 
 
 def test_a_fine_tuned_student_is_kept_only_where_it_is_closer(network: kwjax.Network) -> None:

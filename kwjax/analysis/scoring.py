@@ -18,7 +18,7 @@ from kwjax.runtime.evaluate import Accuracy, Agreement, predict, score_logits
 from kwjax.runtime.logits import image_differences
 
 HELD_OUT, EVAL = "held_out", "eval"
-_NEAR_NATS = 1.0
+NEAR_NATS = 1.0
 T = TypeVar("T")
 
 
@@ -151,13 +151,13 @@ def closest(found: Mapping[T, Sequence[float]]) -> T:
   return taken
 
 
-def is_near(calibrated: Score) -> bool:
+def is_near(calibrated: Score, nats: float = NEAR_NATS) -> bool:
   """Whether a student is so near the float network that training with the statistics of batches would lose more than it gains.
 
   The limit is 1 nat of KL on the held-out images: ResNet-20 at 4w4a (0.15 nats) and EfficientNet-Lite0 at 4w4a (0.51) lose by
   it, ResNet-20 at 2w4a (1.6) gains. Where no image is held out a student counts as near.
   """
-  return calibrated.held_out is None or calibrated.held_out.kl < _NEAR_NATS
+  return calibrated.held_out is None or calibrated.held_out.kl < nats
 
 
 def is_closer(tuned: Score, calibrated: Score) -> bool:

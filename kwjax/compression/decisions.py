@@ -112,9 +112,8 @@ def _about_correction(name: str, method: Method, tried: Mapping[Correction, floa
   numbers = {f"kl_{correction}": kl for correction, kl in tried.items() if kl is not None}
   if len(tried) > 1 and numbers:
     shown = ", ".join(f"{numbers[f'kl_{correction}']:.3g} with {correction}" for correction in method.corrections())
-    reason = (
-      f"KL on the held-out images in nats: {shown} corrected; a correction has to gain more than a standard error."
-    )
+    rule = "Fewer corrections than all have to gain more than a standard error."
+    reason = f"KL on the held-out images in nats: {shown} corrected. {rule}"
   elif taken == "none":
     reason = "The method leaves them as they are."
   else:

@@ -25,7 +25,7 @@ class Method(NamedTuple):
     corrects_bias: whether the means of the channels are those of the float network again.
     equalizes: whether scales are moved between layers first, where that changes nothing.
     corrects_variance: whether BatchNorm's variances are those of the float network again; with `corrects_bias` only.
-    chooses: whether a correction is made only where held-out images say that it helps this network at these bits.
+    chooses: whether fewer corrections are made where held-out images say that this helps the network at these bits.
     steps: random batches of images that extremes are averaged over, as of `kwjax.calibrate`.
     batch_size: images in each of them.
   """
@@ -61,7 +61,7 @@ class Method(NamedTuple):
     parts = ["scales equalized over layers"] if self.equalizes else []
     if self.corrects_bias:
       what = "mean and variance corrected" if self.corrects_variance else "bias corrected"
-      parts.append(f"{what} where held-out images say that it helps" if self.chooses else what)
+      parts.append(f"{what} unless held-out images speak against it" if self.chooses else what)
     return ", ".join(parts)
 
 
