@@ -116,7 +116,7 @@ def test_a_later_candidate_has_to_gain_more_than_a_standard_error() -> None:
 
 
 @pytest.mark.parametrize(
-  ("means", "taken"), [([1.0, 1.1, 1.2, 1.3], "means"), ([2.0, 1.1, 3.0, 1.3], "moments"), (None, "moments")]
+  ("means", "taken"), [([1.0, 1.1, 1.2, 1.3], "means"), ([2.0, 1.1, 3.0, 1.6], "moments"), (None, "moments")]
 )
 def test_fewer_corrections_have_to_gain_more_than_chance(
   network: kwjax.Network, means: list[float] | None, taken: str
