@@ -46,7 +46,7 @@ class Options:
   affine instead of affine0, the paper's, which has no integer form. Default: auto under --calibration paper, else integer."""
   calibration: Literal["best", "paper"] | None = None
   """best: what made the best students without data (docs/results.md): weight ranges of least squared error from 3 bits on,
-  and the moments of all channels brought back to the float network's where held-out images say that this helps. paper:
+  and the moments of all channels brought back to the float network's, unless held-out images speak against it. paper:
   extremes alone. Default: paper under --preset paper, else best."""
   range_method: Literal["sample", "chunk", "percentile", "mse", "entropy"] | None = None
   """Activation ranges: the mean over samples of each one's extremes, or over chunks of 16 of the chunk's; or, of all values,
@@ -69,7 +69,8 @@ class Options:
   duplicates: ByPreset = None
   """Independently augmented copies of each image in a step."""
   reconstruct_iterations: ByPreset = None
-  """Iterations of the reconstruction of each block, for precisions below 8 bits; 0 leaves it out."""
+  """Iterations of the reconstruction of each block, for precisions below 8 bits; 0 leaves it out, as the preset cpu does for
+  images beyond 64 pixels."""
   reconstruct_batch_size: ByPreset = None
   """Images in each of them."""
   distill_steps: ByPreset = None

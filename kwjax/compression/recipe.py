@@ -127,7 +127,7 @@ def compress(
     images: take these instead of synthetic ones: f32[n,h,w,c] in [0,1], u8[n,h,w,c], an `ImageData`, or what
       `load_data` opens.
     scheme: how images are made: "bns", "inception", "bns+inception", "deepinversion" or "gaussian".
-    calibration: "best": weight ranges by bits, and corrected moments where they help; "paper": Haroush et al. (2020); or a
+    calibration: "best": weight ranges by bits, and corrected moments unless they harm; "paper": Haroush et al. (2020); or a
       `Method`.
     first_last: bits of the first convolution and of the last layer; None treats them like the rest.
     overrides: bits of some layers, as of `QuantRules.parse`.
