@@ -57,7 +57,8 @@ def test_killed_and_started_again_gives_the_same_bits(tmp_path: pathlib.Path) ->
 def test_two_devices_see_the_noise_of_one() -> None:
   student, teacher = pair()
   config = CONFIG.replace(batch_size=7, steps=2)  # one image of padding
-  one, two = (distill(student, teacher, NOISE["dead_leaves"], config, key=KEY, devices=n) for n in (1, 2))
+  # Not of dead leaves: two programs may differ in the last digit, which decides on a pixel at the edge of a leaf.
+  one, two = (distill(student, teacher, NOISE["gaussian"], config, key=KEY, devices=n) for n in (1, 2))
   moved = np.linalg.norm(flat(one.variables) - flat(student.variables))
   assert np.linalg.norm(flat(one.variables) - flat(two.variables)) <= 1e-4 * moved
 
