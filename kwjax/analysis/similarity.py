@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kwjax.batchnorm import Moments, bns_loss, gaussian_kl, observe, reference_moments
+from kwjax.batchnorm import OUTLIER_NATS, Moments, bns_loss, gaussian_kl, observe, reference_moments
 from kwjax.batchnorm.moments import Pooled, merge_layers, over_processes
 from kwjax.errors import DataError
 from kwjax.network import Network
@@ -35,6 +35,20 @@ class Similarity:
   def layer_means(self) -> dict[str, float]:
     """Divergence of each layer: the mean over its channels."""
     return {layer: float(np.mean(values)) for layer, values in self.per_layer.items()}
+
+  def outliers(self) -> int:
+    """Number of channels of more than `OUTLIER_NATS`."""
+    return sum(int(np.sum(values > OUTLIER_NATS)) for values in self.per_layer.values())
+
+  def channels(self) -> int:
+    """Number of all channels."""
+    return sum(values.size for values in self.per_layer.values())
+
+  def trimmed(self) -> float:
+    """J_KL without the outliers, see `kwjax.batchnorm.trimmed_jkl`; NaN if no channel is left."""
+    kept = [values[values <= OUTLIER_NATS] for values in self.per_layer.values()]
+    means = [float(np.mean(values)) for values in kept if values.size]
+    return float(np.mean(means)) if means else float("nan")
 
 
 def measure(

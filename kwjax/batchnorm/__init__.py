@@ -3,12 +3,14 @@
 from kwjax.batchnorm.adjust import adjust_statistics, current_layers, with_statistics
 from kwjax.batchnorm.divergence import (
   DIVERGENCES,
+  OUTLIER_NATS,
   bns_loss,
   gaussian_kl,
   layer_divergence,
   moment_l2,
   moment_mse,
   std_mse,
+  trimmed_jkl,
 )
 from kwjax.batchnorm.moments import Moments, Pooled, batch_moments, merge, over_devices, pool
 from kwjax.batchnorm.observe import (
@@ -27,6 +29,7 @@ from kwjax.batchnorm.observe import (
 __all__ = [
   "DIVERGENCES",
   "INPUT",
+  "OUTLIER_NATS",
   "Moments",
   "Pooled",
   "adjust_statistics",
@@ -49,6 +52,7 @@ __all__ = [
   "recorded_moments",
   "reference_moments",
   "std_mse",
+  "trimmed_jkl",
   "weigh",
   "with_statistics",
 ]

@@ -72,6 +72,29 @@ DIVERGENCES: Mapping[str, Divergence] = {
 }
 
 
+OUTLIER_NATS = 10.0
+"""Divergence above which a channel is an outlier: its measured standard deviation is a fifth of the reference, or its mean is
+off by 4.5 measured standard deviations."""
+
+
+def trimmed_jkl(reference: Mapping[str, Moments], measured: Mapping[str, Moments]) -> Array:
+  """J_KL without the channels of more than `OUTLIER_NATS`; f32[].
+
+  Two channels of EfficientNet-Lite0 that hardly ever fire have 99 % of the J_KL of synthetic images, 20.7 instead of 0.2 nats.
+  A layer of which no channel is left does not count; if none is left, the result is NaN.
+
+  Args:
+    reference: `{layer: Moments f32[c]}`; these layers count.
+    measured: the same layers.
+  """
+  means = []
+  for layer, moments in reference.items():
+    values = gaussian_kl(moments, measured[layer])
+    kept = values <= OUTLIER_NATS
+    means.append(jnp.sum(jnp.where(kept, values, 0.0)) / jnp.sum(kept))
+  return jnp.nanmean(jnp.stack(means))
+
+
 def layer_divergence(
   reference: Mapping[str, Moments],
   measured: Mapping[str, Moments],

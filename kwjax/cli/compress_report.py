@@ -12,6 +12,7 @@ import numpy as np
 from kwjax.analysis import figures
 from kwjax.analysis.class_balance import class_balance, class_labels
 from kwjax.analysis.scoring import Score, is_closer
+from kwjax.batchnorm import OUTLIER_NATS
 from kwjax.cli.options import Options
 from kwjax.compression import Compressed
 from kwjax.compression.workspace import is_small
@@ -93,6 +94,8 @@ def build(job: Facts) -> dict[str, Any]:
     "jkl": {
       "start": similar.get("start", {}).get("jkl"),
       "final": similar.get(scheme, {}).get("jkl"),
+      "start_trimmed": similar.get("start", {}).get("trimmed"),
+      "final_trimmed": similar.get(scheme, {}).get("trimmed"),
       "per_layer": similar.get(scheme, {}).get("per_layer"),
       "sets": job.similarity,
     },
@@ -259,12 +262,16 @@ def draw(folder: pathlib.Path, job: Facts) -> dict[str, Picture]:
     )
   }
   if "jkl" in samples.history and samples.history["jkl"].shape[1] > 1:
-    curve = samples.history["jkl"].mean(0)
-    references = {name: entry["jkl"] for name, entry in (similarity or {}).items() if name in ("gaussian", "real")}
+    curve, trimmed = (samples.history[name].mean(0) for name in ("jkl", "jkl_trimmed"))
+    has_outliers, kind = trimmed[-1] < 0.9 * curve[-1], "jkl"
+    if has_outliers:
+      curve, kind = trimmed, "trimmed"
+    references = {name: entry[kind] for name, entry in (similarity or {}).items() if name in ("gaussian", "real")}
     pictures["J_KL while the images were optimized"] = Picture(
       figures.jkl_curve({scheme: (np.arange(len(curve)), curve)}, folder / "jkl.png", references=references),
       "Mean over the batches, of the augmented images that the network saw; lower is nearer to the training data. "
-      + (f"Dashed: {' and '.join(references)} images." if references else ""),
+      + (f"Dashed: {' and '.join(references)} images. " if references else "")
+      + (f"Channels above {OUTLIER_NATS:.0f} nats, which hardly ever fire, are left out." if has_outliers else ""),
       "jkl",
     )
   if similarity:

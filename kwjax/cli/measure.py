@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from kwjax.analysis.similarity import measure
-from kwjax.batchnorm import INPUT
+from kwjax.batchnorm import INPUT, OUTLIER_NATS
 from kwjax.cli.command import load_any, start
 from kwjax.errors import NoBatchNormError
 from kwjax.network import Network
@@ -72,4 +72,13 @@ def _similarity(network: Network, data: ImageData, batch_size: int, group: Devic
   layers = found.layer_means()
   without_input = float(np.mean([value for layer, value in layers.items() if layer != INPUT]))
   log(f"J_KL {float(found.jkl):.4g} with the input as a layer, {without_input:.4g} without")
-  return {"jkl": float(found.jkl), "jkl_without_input": without_input, "per_layer": layers}
+  if found.outliers():
+    count = f"{found.outliers()} of {found.channels():,} channels"
+    log(f"without {count}, which have more than {OUTLIER_NATS:.0f} nats: {found.trimmed():.4g}")
+  return {
+    "jkl": float(found.jkl),
+    "jkl_without_input": without_input,
+    "jkl_trimmed": found.trimmed(),
+    "outliers": found.outliers(),
+    "per_layer": layers,
+  }

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from kwjax.analysis.scoring import Score, is_closer
+from kwjax.batchnorm import OUTLIER_NATS
 from kwjax.distillation import DistillConfig
 from kwjax.network import Network
 from kwjax.quantization import QuantRules
@@ -49,9 +50,14 @@ def about_images(samples: SampleSet, config: SynthesisConfig | None, used: int) 
     return Decision("images", choice, "The images were given.", numbers)
   reason = f"No images were given, so they come from the network itself (scheme {config.scheme})."
   if "jkl" in samples.history and samples.history["jkl"].shape[1] > 1:
-    curve = samples.history["jkl"].mean(0)
+    curve, trimmed = (samples.history[name].mean(0) for name in ("jkl", "jkl_trimmed"))
     numbers |= {"jkl_start": float(curve[0]), "jkl_end": float(curve[-1])}
-    reason += f" J_KL went from {curve[0]:.3g} to {curve[-1]:.3g} in {len(curve)} steps."
+    reason += f" J_KL went from {curve[0]:.3g} to {curve[-1]:.3g} in {len(curve)} steps"
+    if trimmed[-1] < 0.9 * curve[-1]:
+      numbers |= {"jkl_trimmed_start": float(trimmed[0]), "jkl_trimmed_end": float(trimmed[-1])}
+      kept = f"from {trimmed[0]:.3g} to {trimmed[-1]:.3g}"
+      reason += f"; without channels above {OUTLIER_NATS:.0f} nats, which hardly ever fire, {kept}"
+    reason += "."
   return Decision("images", choice, reason, numbers)
 
 

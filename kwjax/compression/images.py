@@ -69,6 +69,9 @@ def similarity(workspace: Workspace, images: np.ndarray | jax.Array) -> dict[str
   return {
     "jkl": float(found.jkl),
     "without_input": float(np.mean(without_input)),
+    "trimmed": found.trimmed(),
+    "outliers": found.outliers(),
+    "channels": found.channels(),
     "per_layer": layers,
     "count": found.count,
   }

@@ -1,7 +1,8 @@
 """Block reconstruction: rounding offsets and activation steps that give each unit of a network its float outputs."""
 
 from kwjax.reconstruction.config import ReconstructConfig
-from kwjax.reconstruction.run import UnitReport, describe, reconstruct, reconstruct_with_report
+from kwjax.reconstruction.report import UnitReport, describe
+from kwjax.reconstruction.run import reconstruct, reconstruct_with_report
 from kwjax.reconstruction.units import Unit, find_units
 
 __all__ = [

@@ -6,93 +6,33 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from kwjax import intercept
 from kwjax.errors import Interrupted, KwjaxError
 from kwjax.network import Array, Network
 from kwjax.quantization.extremes import check_images
-from kwjax.quantization.fake_quant import fake_quant
-from kwjax.quantization.grids import Clip, Grid, Spacing, activation_grid
-from kwjax.quantization.ranges import Interval, Ranges
-from kwjax.quantization.rules import LayerRule
-from kwjax.quantization.weight_ranges import kernel_path
-from kwjax.quantization.wrap import QuantizedNetwork, kernel_grid
+from kwjax.quantization.wrap import QuantizedNetwork
 from kwjax.reconstruction.config import ReconstructConfig
 from kwjax.reconstruction.features import Forwarded, Shelf, forward, open_shelf, placed
 from kwjax.reconstruction.fisher import channel_weights
+from kwjax.reconstruction.report import UnitReport
 from kwjax.reconstruction.rounding import Step
 from kwjax.reconstruction.step import TERMS, Given, Rows, begin, compiled_step, ended, keys_of
 from kwjax.reconstruction.trace import Form, Soft, given_variables
 from kwjax.reconstruction.units import Cut, Part, Unit, find_units
+from kwjax.reconstruction.values import Layers, Values
 from kwjax.runtime.devices.layout import Copies
 from kwjax.runtime.devices.parallel import DeviceGroup, Devices, device_group
 from kwjax.runtime.loop import Loop, Pace, Progress, Store, fingerprint, open_store, progress_bar
 from kwjax.sources.plan import planner
 
 _ITERATIONS, _ROWS = 0, 1  # streams of a unit's randomness
-
-
-@dataclasses.dataclass(frozen=True)
-class UnitReport:
-  """What the reconstruction of a unit did.
-
-  Attributes:
-    unit: its name.
-    layers: in it.
-    before: error of the calibrated unit behind the units that are reconstructed: squared, summed over channels, averaged
-      over positions and images.
-    after: the same with the new weights and ranges.
-    changed: share of the weights that are no longer rounded to the nearest level.
-    kept: whether the new ones are kept; else the error would have grown, and the unit stays as it was calibrated.
-    seconds: that it took.
-  """
-
-  unit: str
-  layers: tuple[str, ...]
-  before: float
-  after: float
-  changed: float
-  kept: bool
-  seconds: float
-
-  def to_row(self) -> dict[str, float]:
-    """The numbers, for a checkpoint."""
-    row = dataclasses.asdict(self)
-    return {name: float(row[name]) for name in ("before", "after", "changed", "kept", "seconds")}
-
-  @classmethod
-  def from_row(cls, row: Mapping[str, float], unit: Unit) -> UnitReport:
-    """A report from the row of `to_row`."""
-    kept = bool(row["kept"])
-    return cls(unit.name, unit.layers, row["before"], row["after"], row["changed"], kept, row["seconds"])
-
-
-class _Values(NamedTuple):
-  """What a reconstruction changes, by layer; the state in its checkpoints.
-
-  Attributes:
-    step: i32[], units done.
-    bad_step: i32[], -1: a unit that fails is not stored.
-    bad_term: i32[], 0.
-    kernels: of layers with rounded weights.
-    grids: of each of them.
-    ranges: of layers with rounded inputs.
-  """
-
-  step: Array
-  bad_step: Array
-  bad_term: Array
-  kernels: dict[str, Any]
-  grids: dict[str, Spacing]
-  ranges: dict[str, Interval]
 
 
 def reconstruct(
@@ -168,8 +108,8 @@ def reconstruct_with_report(
   reference = student.network if reference is None else reference
   check_images(student.network, images)
   group = device_group(devices)
-  rules = student.rules.resolve(student.network)
-  if not any(rule.weight_bits or rule.activation_bits for rule in rules.values()):
+  layers = Layers(student)
+  if not any(rule.weight_bits or rule.activation_bits for rule in layers.rules.values()):
     raise KwjaxError(f"{student.name}: nothing is quantized, so there is nothing to reconstruct")
   config = config.replace(batch_size=group.padded(min(config.batch_size, len(images))))
   units = find_units(student.network, config.units)
@@ -177,10 +117,10 @@ def reconstruct_with_report(
   with open_store(workdir, "reconstruction", settings) as store, open_shelf(workdir, config.host_bytes) as shelf:
     if should_stop is not None:
       store = _stoppable(store, should_stop)
-    run = _Run(student, reference, config, group, units, rules, store, shelf, key)
+    run = _Run(layers, reference, config, group, units, store, shelf, key)
     with progress_bar(len(units) * config.iterations, "reconstruct", progress) as bar:
       values, reports = run.finish(np.asarray(images, np.float32), bar)
-  return run.student_with(values), reports
+  return layers.student_with(values), reports
 
 
 def _stoppable(store: Store, should_stop: Callable[[], bool]) -> Store:
@@ -213,34 +153,30 @@ def _settings(
 class _Run:
   """Everything that stays the same from unit to unit."""
 
-  student: QuantizedNetwork
+  layers: Layers
   reference: Network
   config: ReconstructConfig
   group: DeviceGroup
   units: tuple[Unit, ...]
-  rules: Mapping[str, LayerRule]
   store: Store
   shelf: Shelf
   key: Array
 
-  @functools.cached_property
-  def _layers(self) -> dict[str, intercept.Layer]:
-    return {layer.name: layer for layer in intercept.matmul_layers(self.student.network)}
-
-  @functools.cached_property
-  def _bits(self) -> dict[str, int]:
-    return {name: rule.activation_bits for name, rule in self.rules.items() if rule.activation_bits is not None}
+  @property
+  def student(self) -> QuantizedNetwork:
+    """As it was calibrated."""
+    return self.layers.student
 
   def _cut(self, form: Form, given: Mapping[str, Any]) -> Cut:
     shaped = lambda tree: jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
     network = self.student.network.replace(variables=shaped(dict(self.student.variables)))
     variables = shaped(given_variables(self.student.variables, given))
-    return Cut(network, self.units, self._bits, form, variables, self.config.batch_size // self.group.size)
+    return Cut(network, self.units, self.layers.bits, form, variables, self.config.batch_size // self.group.size)
 
   @functools.cached_property
   def _cuts(self) -> dict[Form, Cut]:
     """The network in its three forms."""
-    intervals = {name: self.student.ranges[name] for name in self._bits}
+    intervals = {name: self.student.ranges[name] for name in self.layers.bits}
     return {
       "float": self._cut("float", {}),
       "hard": self._cut("hard", intervals),
@@ -251,50 +187,15 @@ class _Run:
   def _soft(self) -> dict[str, Soft]:
     """Placeholders for what every step gives the soft form."""
     found = {}
-    for name in self._bits:
+    for name in self.layers.bits:
       shape, key = jnp.shape(self.student.ranges[name].lo), jax.random.key(0)
       step = Step(jnp.ones(shape), jnp.zeros(shape))
       found[name] = Soft(step, jax.random.split(key, shape) if shape else key, jnp.zeros(shape))
     return found
 
-  def _initial(self) -> _Values:
-    params = flax.traverse_util.flatten_dict(dict(self.student.variables["params"]))
-    kernels = {
-      name: jnp.asarray(params[kernel_path(name)]) for name, rule in self.rules.items() if rule.weight_bits is not None
-    }
-    grids = {name: self._grid(name, kernel) for name, kernel in kernels.items()}
-    spacings = {name: Spacing(jnp.asarray(grid.scale), jnp.asarray(grid.zero)) for name, grid in grids.items()}
-    ranges = {name: self.student.ranges[name] for name in self._bits}
-    return _Values(jnp.int32(0), jnp.int32(-1), jnp.int32(0), kernels, spacings, ranges)
-
-  def _grid(self, name: str, kernel: Array) -> Grid:
-    clip, spacing = self.student.clips.get(name), self.student.grids.get(name)
-    return _grid_of(kernel, _alike(self._layers[name]), self.rules[name], clip, spacing)
-
-  def student_with(self, values: _Values) -> QuantizedNetwork:
-    """The student with new weights, grids and ranges."""
-    params = flax.traverse_util.flatten_dict(dict(self.student.variables["params"]))
-    params |= {kernel_path(name): jnp.asarray(kernel) for name, kernel in values.kernels.items()}
-    variables = {**self.student.variables, "params": flax.traverse_util.unflatten_dict(params)}
-    order = [name for name in self.student.ranges if name in values.ranges]
-    grids = {name: Spacing(*map(jnp.asarray, spacing)) for name, spacing in values.grids.items()}
-    return self.student.replace(
-      variables=variables, grids=grids, ranges=Ranges({name: values.ranges[name] for name in order})
-    )
-
-  def _hard_leaves(self, index: int, values: _Values) -> list[Any]:
-    """Variables of a unit in the hard form."""
-    params = flax.traverse_util.flatten_dict(dict(self.student.variables["params"]))
-    for name in self.units[index].layers:
-      if name in values.kernels:
-        layer, kernel = _alike(self._layers[name]), jnp.asarray(values.kernels[name])
-        params[kernel_path(name)] = _rounded(kernel, layer, self.rules[name], values.grids[name])
-    variables = {**self.student.variables, "params": flax.traverse_util.unflatten_dict(params)}
-    return self._cuts["hard"].parts[index].leaves(given_variables(variables, values.ranges))
-
-  def finish(self, images: np.ndarray, bar: tqdm.tqdm) -> tuple[_Values, tuple[UnitReport, ...]]:
+  def finish(self, images: np.ndarray, bar: tqdm.tqdm) -> tuple[Values, tuple[UnitReport, ...]]:
     """Reconstructs the units that are left."""
-    begun = self.store.restore(self._initial())
+    begun = self.store.restore(self.layers.initial())
     values, reports = begun.state, [UnitReport.from_row(row, unit) for row, unit in zip(begun.history, self.units)]
     done, start = len(reports), time.monotonic()
     if done == len(self.units):
@@ -336,29 +237,34 @@ class _Run:
       should_stop=self.store.should_stop or (lambda: False),
     )
 
-  def _hard(self, index: int, values: _Values, x: np.ndarray, *wanted: Any) -> Forwarded:
+  def _hard_leaves(self, index: int, values: Values) -> list[Any]:
+    """Variables of a unit in the hard form."""
+    variables = self.layers.rounded(self.units[index].layers, values)
+    return self._cuts["hard"].parts[index].leaves(given_variables(variables, values.ranges))
+
+  def _hard(self, index: int, values: Values, x: np.ndarray, *wanted: Any) -> Forwarded:
     """What a unit of the student gives with some values."""
     return self._forward(self._cuts["hard"].parts[index], self._hard_leaves(index, values), x, *wanted)
 
   def _unit(
-    self, index: int, rows: Rows, values: _Values, channels: Array, bar: tqdm.tqdm
-  ) -> tuple[_Values, UnitReport, np.ndarray]:
+    self, index: int, rows: Rows, values: Values, channels: Array, bar: tqdm.tqdm
+  ) -> tuple[Values, UnitReport, np.ndarray]:
     """Reconstructs a unit; also returns what it gives then."""
     start, unit = time.monotonic(), self.units[index]
     names = {str(i): name for i, name in enumerate(unit.layers)}
     kernels = {i: jnp.asarray(values.kernels[name]) for i, name in names.items() if name in values.kernels}
-    steps = {i: self._step(name, values.ranges[name]) for i, name in names.items() if name in values.ranges}
+    steps = {i: self.layers.step(name, values.ranges[name]) for i, name in names.items() if name in values.ranges}
     calibrated = self._hard(index, values, rows.quantized, rows.target, channels)
     if not (kernels or (steps and self.config.step_rate > 0.0)):
       bar.update(self.config.iterations)
       report = UnitReport(unit.name, unit.layers, calibrated.error, calibrated.error, 0.0, True, 0.0)
       return values, report, calibrated.outputs
     state, weights = begin(
-      kernels, {i: self._grid(names[i], kernel) for i, kernel in kernels.items()}, steps, self.config
+      kernels, {i: self.layers.grid(names[i], kernel) for i, kernel in kernels.items()}, steps, self.config
     )
     leaves = self._cuts["soft"].parts[index].leaves(given_variables(self.student.variables, self._soft))
     state = self._train(index, state, rows, Given(leaves, weights, steps, channels), bar)
-    bits = tuple((i, self._bits[names[i]]) for i in steps)
+    bits = tuple((i, self.layers.bits[names[i]]) for i in steps)
     found = ended(state.trained, weights, kernels, steps, bits)
     made = values._replace(
       kernels={**values.kernels, **{names[i]: kernel for i, kernel in found.kernels.items()}},
@@ -378,12 +284,9 @@ class _Run:
     parts = self._cuts["hard"].parts
     if not self.config.fisher:
       return [jnp.ones(part.channels) for part in parts]
-    leaves = [self._hard_leaves(index, self._initial()) for index in range(len(parts))]
+    leaves = [self._hard_leaves(index, self.layers.initial()) for index in range(len(parts))]
     stop = self.store.should_stop or (lambda: False)
     return channel_weights(parts, leaves, self.reference, images, self.group, stop)
-
-  def _step(self, name: str, interval: Interval) -> Step:
-    return _step_of(interval, self._bits[name])
 
   def _train(self, index: int, state: Any, rows: Rows, given: Given, bar: tqdm.tqdm) -> Any:
     config, unit = self.config, self.units[index]
@@ -411,36 +314,3 @@ class _Run:
       advice="a smaller rounding_rate or step_rate may help",
     )
     return loop.finish(Progress(state, [], 0.0), advance).state
-
-
-def _alike(layer: intercept.Layer) -> intercept.Layer:
-  """The layer without what does not matter to its grid, so that layers of one shape share a program."""
-  return dataclasses.replace(layer, name="", input_shape=(), output_shape=())
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _grid_of(
-  kernel: Array, layer: intercept.Layer, rule: LayerRule, clip: Clip | None, spacing: Spacing | None
-) -> Grid:
-  return kernel_grid(kernel, layer, rule, clip, spacing)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _rounded(kernel: Array, layer: intercept.Layer, rule: LayerRule, spacing: Spacing) -> Array:
-  return fake_quant(kernel, *kernel_grid(kernel, layer, rule, None, spacing))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _step_of(interval: Interval, bits: int) -> Step:
-  grid = activation_grid(*interval, bits)
-  return Step(grid.scale, grid.zero)
-
-
-def describe(reports: Sequence[UnitReport]) -> str:
-  """A table of the units: error before and after, and share of the roundings that changed."""
-  width = max(len(report.unit) for report in reports)
-  lines = [f"{'unit':{width}}  error before      after  changed"]
-  for report in reports:
-    note = "" if report.kept else "  not kept"
-    lines.append(f"{report.unit:{width}}  {report.before:12.4g}  {report.after:9.4g}  {report.changed:6.1%}{note}")
-  return "\n".join(lines)

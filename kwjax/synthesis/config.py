@@ -35,6 +35,7 @@ class SynthesisConfig:
     betas: Adam's decay rates.
     init: starting point: "randn", "uniform" or "dead_leaves".
     labels: target classes for the terms that use them: "random", or "balanced" over the whole set.
+    swing: strided convolutions see their input from a random offset at each step (Jeon et al., 2023).
   """
 
   scheme: str = "bns"
@@ -50,6 +51,7 @@ class SynthesisConfig:
   betas: tuple[float, float] = (0.9, 0.999)
   init: Literal["randn", "uniform", "dead_leaves"] = "randn"
   labels: Literal["random", "balanced"] = "balanced"
+  swing: bool = False
 
   def __post_init__(self) -> None:
     for name in ("drops", "betas"):

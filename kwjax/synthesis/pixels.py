@@ -19,6 +19,7 @@ from kwjax.batchnorm import (
   over_devices,
   recorded_moments,
   reference_moments,
+  trimmed_jkl,
   weigh,
 )
 from kwjax.intercept import Forwardable
@@ -29,6 +30,7 @@ from kwjax.synthesis.augment import augment
 from kwjax.synthesis.config import SynthesisConfig
 from kwjax.synthesis.dead_leaves_model import dead_leaves
 from kwjax.synthesis.objective import Evidence, evaluate_objective, layer_divergences
+from kwjax.synthesis.swing import swinging
 
 LOSS, GRADIENT = "loss", "gradient"
 """What is reported as not finite when every layer's divergence is."""
@@ -115,8 +117,8 @@ def synthesis_loss(
     axis_name: mapped axis of the devices.
 
   Returns:
-    loss f32[]; metrics: every term f32[], `jkl` f32[], the J_KL of the views, and `layers` f32[L + 1], the objective's
-    divergence by layer and the loss.
+    loss f32[]; metrics: every term f32[], `jkl` f32[], the J_KL of the views, `jkl_trimmed` without outliers, and `layers`
+    f32[L + 1], the objective's divergence by layer and the loss.
 
   Raises:
     NoBatchNormError: the objective needs statistics and the network has none.
@@ -127,7 +129,8 @@ def synthesis_loss(
   offset = parallel.axis_offset(images.shape[0], axis_name)
   views = augment(images, key, config.augmentation, duplicates=n, fill=mean, offset=offset)
   reference = reference_moments(network, include_input=objective.include_input) if objective.needs_statistics else {}
-  apply = observing(network.forward, record_moments=objective.needs_statistics)
+  forward = swinging(network.forward, jax.random.fold_in(key, 1)) if config.swing else network.forward
+  apply = observing(forward, record_moments=objective.needs_statistics)
   view_weights = None if weights is None else jnp.repeat(jnp.asarray(weights, jnp.float32), n)
   variables = network.variables if view_weights is None else weigh(network.variables, view_weights)
   with fewer_products():
@@ -157,6 +160,7 @@ def synthesis_loss(
     by_layer = list(layer_divergences(evidence, objective).values())
     # Whatever form the objective takes, what is shown and compared is the J_KL of the paper.
     metrics["jkl"] = bns_loss(reference, measured)
+    metrics["jkl_trimmed"] = trimmed_jkl(reference, measured)
   return loss, {**metrics, "layers": jnp.stack([*by_layer, loss])}
 
 

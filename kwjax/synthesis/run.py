@@ -119,7 +119,7 @@ class Run(NamedTuple):
         self.callback(index, curves)
 
     def summary(row: Mapping[str, float], speed: float) -> str:
-      shown = f"J_KL={row['jkl']:.4f}" if "jkl" in row else f"loss={row['loss']:.4f}"
+      shown = f"J_KL={row['jkl_trimmed']:.4f}" if "jkl_trimmed" in row else f"loss={row['loss']:.4f}"
       return f"{shown}, images/min={60 * speed * size / config.steps:.1f}"
 
     with self._store(index) as store:

@@ -117,7 +117,13 @@ def summary(report: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str
     parts.append(f"the quantized networks agree with the float network on held-out images: {', '.join(agreeing)}")
   jkl = report["jkl"] or {}
   if jkl.get("start") is not None and jkl.get("final") is not None:
-    parts.append(f"J_KL of the synthesised images went from {number(jkl['start'])} to {number(jkl['final'])}")
+    start, final = jkl["start"], jkl["final"]
+    trimmed = jkl.get("start_trimmed"), jkl.get("final_trimmed")
+    has_outliers = None not in trimmed and trimmed[1] < 0.9 * final
+    shown = f"from {number(start)} to {number(final)}"
+    if has_outliers:
+      shown = f"from {number(trimmed[0])} to {number(trimmed[1])} ({shown} with a few channels that hardly ever fire)"
+    parts.append(f"J_KL of the synthesised images went {shown}")
   synthesis = report["synthesis"] or {}
   if synthesis.get("images") is not None:
     seconds = f" in {number(synthesis['seconds'])} s" if synthesis.get("seconds") is not None else ""
@@ -260,12 +266,17 @@ def _similarity(report: Mapping[str, Any], figures: Sequence[Shown]) -> dict[str
     worst = sorted(numbers, key=lambda name: -numbers[name])[:5]
     shown |= {f"worst layer: {name}" if i == 0 else name: numbers[name] for i, name in enumerate(worst)}
   sets = values.get("sets")
-  compared = [
-    {"images": name, "J_KL (nats)": entry.get("jkl"), "without input": entry.get("without_input")}
-    for name, entry in (sets.items() if isinstance(sets, Mapping) else ())
-    if isinstance(entry, Mapping)
-  ]
+  entries = sets.items() if isinstance(sets, Mapping) else ()
+  compared = [_similarity_row(name, entry) for name, entry in entries if isinstance(entry, Mapping)]
   return {"shown": shown, "sets": compared, "figures": figures}
+
+
+def _similarity_row(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+  row = {"images": name, "J_KL (nats)": entry.get("jkl"), "without input": entry.get("without_input")}
+  if entry.get("outliers") is None:
+    return row
+  outliers = f"{entry['outliers']:,} of {entry['channels']:,}"
+  return {**row, "without outliers": entry["trimmed"], "outliers (channels above 10 nats)": outliers}
 
 
 def _as_mapping(value: Any) -> dict[str, Any]:
