@@ -1,0 +1,248 @@
+"""What each step towards 4 and 2 bits brings, and with which images: ranges, corrections, block reconstruction, fine-tuning.
+
+    python -m weights_conversion --arch resnet20 --source resnet20.th --out networks/resnet20
+    python -m experiments.calibration.table_reconstruction --network networks/resnet20 --bits 2w4a --first-last 4w4a \\
+        --eval-data cifar10.npz:test --real-data cifar10.npz:train
+    python -m experiments.calibration.table_reconstruction --eval-data imagenet_samples_500.zip --images 128
+
+The second runs on the embedded EfficientNet-Lite0 (extra `demo`).
+
+Rows: `ranges`: calibrated, nothing else. `means` and `moments`: BatchNorm's means, or means and variances, are
+corrected (Nagel et al. 2019). `reconstructed`: the rounding of every weight and the range of every activation are
+chosen block by block (AdaRound, BRECQ, QDrop). `reconstructed+means`: then the means are corrected. `fine-tuned`: SGD
+on the KL from the float network, after `moments`. `reconstructed+fine-tuned`: after `reconstructed`. Columns: images
+that do all of this: real ones (a comparison; left out without --real-data), images made from BatchNorm statistics
+(`bns`), the same with swing convolutions (`bns+swing`), Gaussian noise (`gaussian`). Two tables: top-1, and KL(float ||
+quantized) on the same images.
+
+Published, on real images of ImageNet, first and last layer 8 bits, 20,000 iterations a block of 1,024 images: QDrop
+4w4a ResNet-18 71.06 to 69.13, MobileNetV2 72.49 to 67.83; 2w4a 64.38 and 54.29 (Wei et al. 2022). The networks and the
+data here are others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from experiments._harness.launch import relaunch_with_huge_pages
+
+if __name__ == "__main__":
+  relaunch_with_huge_pages()
+
+import numpy as np
+
+from experiments._harness.distilled import float_score
+from experiments._harness.image_sets import Source, digest, identity, short_name, synthesized
+from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
+from experiments._harness.study_report import top1_results
+from experiments._harness.tables import Results, Table
+from experiments.calibration.scored import scored, with_draws
+from kwjax.cli.arguments import parse
+from kwjax.cli.command import run_command
+from kwjax.cli.options import ByPreset
+from kwjax.compression import student
+from kwjax.compression.workspace import (
+  CALIBRATION_KEY,
+  DISTILL_KEY,
+  GAUSSIAN,
+  REAL,
+  RECONSTRUCT_KEY,
+  Workspace,
+  stream_key,
+)
+from kwjax.distillation import DistillConfig
+from kwjax.errors import KwjaxError
+from kwjax.quantization import QuantizedNetwork, QuantRules
+from kwjax.quantization.methods import BEST
+from kwjax.reconstruction import ReconstructConfig
+from kwjax.runtime import cost
+from kwjax.runtime.data import ImageData
+
+ROWS = ("ranges", "means", "moments", "reconstructed", "reconstructed+means", "fine-tuned", "reconstructed+fine-tuned")
+SWING = "bns+swing"
+COLUMNS = (REAL, "bns", SWING, GAUSSIAN)
+_NATS = "nats"
+_FEW_ITERATIONS, _FEW_ROWS = 100, 8  # of a network on large images, for which the presets have no reconstruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(StudyOptions):
+  """Options of this study."""
+
+  bits: str = "4w4a"
+  """Precision, #w#a."""
+  first_last: str = "8w8a"
+  """Precision of the first convolution and of the classifier; `none` treats them like the rest."""
+  weight_scheme: Literal["auto", "integer", "affine", "affine0", "sym", "symfull", "midrise"] = "integer"
+  """Grid of the weights; auto: affine from 4 bits on, which has no integer form."""
+  override: tuple[str, ...] = ()
+  """Bits of some layers: PATTERN=#w#a, such as 1x1=8w8a."""
+  reconstruct_iterations: ByPreset = None
+  """Iterations a block."""
+  reconstruct_batch_size: ByPreset = None
+  """Images in each of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+  """What the cells are measured with; `logits` keeps the float network's, made once."""
+
+  setup: Setup
+  evaluation: ImageData
+  rules: QuantRules
+  config: ReconstructConfig
+  logits: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+  def source(self, column: str) -> Source:
+    """Images of a column."""
+    if column != SWING:
+      return self.setup.source(column, self.setup.chosen.images)
+    swinging = self.setup.config("bns").replace(swing=True)
+    made = synthesized(self.setup.network, swinging, self.setup.chosen.images)
+    return made._replace(description=f"{made.description} with swing convolutions")
+
+  def tuning(self, column: str) -> DistillConfig:
+    """Settings of the fine-tuning."""
+    return self.setup.distill_config(self.setup.chosen, "bns" if column == SWING else column)
+
+  def plan(self, table: Table, row: str, column: str) -> CellPlan:
+    """How one cell is measured."""
+    source, chosen = self.source(column), self.setup.chosen
+    rules = BEST.applied(self.rules)
+    reconstructs, tunes = "reconstructed" in row, "fine-tuned" in row
+    settings = {
+      "source": source.settings,
+      "rules": rules.to_json(),
+      "calibration": [chosen.images, chosen.calibration_steps, chosen.calibration_batch],
+      "reconstruction": self.config.to_json() if reconstructs else None,
+      "distillation": self.tuning(column).to_json() if tunes else None,
+      "evaluation": identity(self.evaluation),
+    }
+    steps = f", {self.config.iterations} iterations of {self.config.batch_size} a block" if reconstructs else ""
+    steps += f", {self.tuning(column).steps} steps of {self.tuning(column).batch_size}" if tunes else ""
+    protocol = f"{rules.describe()}; {row}{steps}; {source.description}; "
+    protocol += f"{len(self.evaluation)} images of {short_name(self.evaluation)}"
+    value = "kl" if table.unit_of(column) == _NATS else "top1"
+
+    def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
+      name = f"steps/{digest([row, column, settings])}-seed{seed}"
+      found = workspace.results.once(name, lambda: self._measure(workspace, source, row, column, seed))
+      return {"value": found[value], "count": len(self.evaluation), "images": found["images"]}
+
+    return CellPlan(settings, protocol, compute)
+
+  def _measure(self, workspace: Workspace, source: Source, row: str, column: str, seed: int) -> dict[str, Any]:
+    images = source.images(workspace, seed)[: self.setup.chosen.images]
+    made: QuantizedNetwork = student.uncorrected(
+      workspace,
+      f"{source.stage('ranges', seed)}-{len(images)}",
+      images,
+      self.rules,
+      with_draws(BEST, self.setup.chosen),
+      key=stream_key(seed, CALIBRATION_KEY),
+      description=source.name,
+    )
+    reconstructs, tunes = "reconstructed" in row, "fine-tuned" in row
+    if reconstructs:
+      key = stream_key(seed, RECONSTRUCT_KEY)
+      # Three rows go on from it, so it is kept beside their own folders.
+      name = digest([source.settings, made.rules.to_json(), self.config.to_json(), seed])
+      kept = workspace._replace(scratch=workspace.folder / "reconstructions")
+      made, _ = student.reconstructed(kept, made, images, self.config, key=key, name=name)
+    if row in ("means", "moments", "fine-tuned"):
+      made = student.corrected(workspace, made, images, "means" if row == "means" else "moments")
+    if row == "reconstructed+means":
+      made = student.corrected(workspace, made, images, "means")
+    if tunes:
+      made = student.fine_tuned(workspace, made, images, self.tuning(column), key=stream_key(seed, DISTILL_KEY))
+    return {**scored(workspace, made, self.evaluation, self.logits), "images": len(images)}
+
+  def describe(self, cells: Sequence[Cell]) -> str:
+    """What the cells cost, for --dry-run."""
+    chosen, config = self.setup.chosen, self.setup.config("bns")
+    made = {(cell.column, cell.seed) for cell in cells if cell.column not in (REAL, GAUSSIAN)}
+    students = {(cell.row, cell.column, cell.seed) for cell in cells}
+    tuned = sum("fine-tuned" in row for row, _, _ in students)
+    blocks = len({(column, seed) for row, column, seed in students if "reconstructed" in row})
+    lines = (
+      f"images        {len(made)} sets of {chosen.images}, {config.steps} steps a batch; {tuned} fine-tunings of "
+      f"{chosen.distill_steps} steps; {blocks} reconstructions of {self.config.iterations} iterations a block\n"
+    )
+    return lines + cost.estimate(
+      self.setup.network,
+      synthesized=len(made) * chosen.images * config.duplicates * config.steps,
+      # An iteration of all blocks costs about what a step of the whole network costs.
+      trained=tuned * chosen.distill_steps * chosen.distill_batch_size
+      + blocks * self.config.iterations * self.config.batch_size,
+      evaluated=len(students) * (len(self.evaluation) + 2 * chosen.images),
+    )
+
+  def report(self, workspace: Workspace, results: Mapping[str, Results]) -> Mapping[str, Any]:
+    """Keys of report.json beside the tables."""
+    title = next(iter(results))
+    table = Table(title, ROWS, COLUMNS)
+    return {
+      "float": float_score(workspace, self.evaluation),
+      "calibrated": top1_results(table, results[title], {column: column for column in COLUMNS}),
+    }
+
+
+def _overrides(texts: Sequence[str]) -> dict[str, str]:
+  found = {}
+  for text in texts:
+    pattern, equals, bits = text.rpartition("=")
+    if not equals or not pattern:
+      raise KwjaxError(f"--override takes PATTERN=#w#a, such as 1x1=8w8a, found {text!r}")
+    found[pattern] = bits
+  return found
+
+
+def build(setup: Setup) -> Study:
+  """The study for the network of the command line."""
+  options, evaluation = setup.options, setup.labelled()
+  assert isinstance(options, Options)
+  rules = QuantRules.parse(
+    options.bits,
+    first_last=None if options.first_last == "none" else options.first_last,
+    weights=options.weight_scheme,
+    overrides=_overrides(options.override),
+  )
+  rules.resolve(setup.network)
+  chosen = setup.chosen
+  iterations = options.reconstruct_iterations or chosen.reconstruct_iterations or _FEW_ITERATIONS
+  batch_size = options.reconstruct_batch_size or (
+    chosen.reconstruct_batch_size if chosen.reconstruct_iterations else _FEW_ROWS
+  )
+  work = _Work(setup, evaluation, rules, ReconstructConfig(iterations=iterations, batch_size=batch_size))
+  what = f"{setup.network.name} {rules.bits}"
+  note = "+: one after the other. Evaluated on images that are used for nothing else."
+  tables = (
+    Table(f"Steps to {what}: top-1 (%)", ROWS, COLUMNS, note=note),
+    Table(f"Steps to {what}: KL from the float network", ROWS, COLUMNS, unit=dict.fromkeys(COLUMNS, _NATS), note=note),
+  )
+  return Study(
+    tables=tables,
+    plan=work.plan,
+    protocol={
+      "data used": "column real: real images; the others: none, images come from the network itself",
+      "evaluation images": f"{len(evaluation)} of {short_name(evaluation)}; used for nothing else",
+    },
+    describe=work.describe,
+    report=work.report,
+    need=setup.need([setup.config("bns")], distills=True),
+  )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """Command line of the study; returns the exit status."""
+  options = parse(Options, args, "python -m experiments.calibration.table_reconstruction", __doc__)
+  return run_command(
+    lambda: run(options, name="table_reconstruction", build=build, arch="resnet20", default="efficientnet_lite0")
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(main())
