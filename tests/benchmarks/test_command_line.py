@@ -52,13 +52,6 @@ def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(torch_networks, "kwjax_network", converted)
 
 
-def run(command: str, *options: str, path: pathlib.Path | None = None) -> subprocess.CompletedProcess[str]:
-  # One device, as on a user's machine, whatever the tests run on.
-  variables = environment() if path is None else environment(PYTHONPATH=str(path))
-  arguments = [sys.executable, "-m", f"benchmarks.{command}", *options]
-  return subprocess.run(arguments, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=400, check=False)
-
-
 def check(found: dict[str, Any], names: list[str]) -> None:
   """The file of a run with `TINY`."""
   assert {"processor", "cores", "jax", "torch"} <= set(found["machine"])
@@ -94,7 +87,10 @@ def test_figures_of_both_sides_are_written(
 @pytest.mark.slow
 def test_figures_come_from_processes(tmp_path: pathlib.Path) -> None:
   file = tmp_path / "figures.json"
-  done = run("calibrate", "--networks", "resnet20", *TINY, "--images", "8", "--json", str(file))
+  options = ["--networks", "resnet20", *TINY, "--images", "8", "--json", str(file)]
+  command = [sys.executable, "-m", "benchmarks.calibrate", *options]
+  # One device, as on a user's machine, whatever the tests run on.
+  done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400, check=False)
   assert done.returncode == 0, done.stderr
   assert "resnet20" in done.stdout
   check(json.loads(file.read_text()), ["resnet20"])
@@ -109,13 +105,13 @@ def test_unknown_network_is_refused(command: str, capsys: pytest.CaptureFixture[
   assert said.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_without_pytorch_the_extra_is_named(tmp_path: pathlib.Path) -> None:
-  (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')\n")
-  done = run("sample_step", "--networks", "resnet20", *TINY, path=tmp_path)
-  assert done.returncode == 2
-  assert "kwjax[bench]" in done.stderr.splitlines()[-1]
-  assert "Traceback" not in done.stderr
+@pytest.mark.usefixtures("without_processes")
+def test_without_pytorch_the_extra_is_named(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+  assert sample_step.main(["--networks", "resnet20", *TINY]) == 2
+  assert "kwjax[bench]" in capsys.readouterr().err.splitlines()[-1]
 
 
 @needs_torch

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import pathlib
 import signal
-import sys
-import threading
 import time
 from typing import Any
 
@@ -16,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-import tqdm
 
 from experiments import cifar_bns
 from kwjax.models import get_model
 from kwjax.network import Network, save_network
+from tests.forked import Forked
 from tests.networks import random_network
 from tests.processes import environment
 
@@ -44,8 +40,8 @@ SIZES = {
   "held-out": 4,
   "batch-size": 8,
   "reconstruct-iterations": 0,
-  "steps": 200,
-  "distill-steps": 150,
+  "steps": 150,
+  "distill-steps": 100,
   "checkpoint-seconds": 0.2,
   "checkpoint-steps": 20,
 }
@@ -74,27 +70,7 @@ def arguments(inputs: pathlib.Path, workdir: pathlib.Path, **sizes: float) -> li
   numbers = {**SIZES, **{name.replace("_", "-"): value for name, value in sizes.items()}}
   options = {"network": inputs / "network", "eval-data": inputs / "data.npz", "workdir": workdir, "preset": "smoke"}
   given = [text for name, value in {**options, **numbers}.items() for text in (f"--{name}", str(value))]
-  return [*given, "--bits", "8w8a", "4w4a", "--first-last", "none"]
-
-
-# Jobs are forked from a process that has imported what they need, which takes longer than what they do. It uses no device.
-_SERVER = multiprocessing.get_context("forkserver")
-_IMPORTED = ("tests.end_to_end.jobs", "kwjax.cli.compress_report", "weights_conversion.convert", "orbax.checkpoint")
-_SERVER.set_forkserver_preload([*_IMPORTED, "jinja2", "matplotlib.pyplot", "scipy.stats"])
-
-
-def _job(given: list[str], log: pathlib.Path, cache: pathlib.Path) -> None:
-  """What `python -m experiments.cifar_bns` does, in a process that has JAX already."""
-  with open(log, "wb") as file, open(os.devnull, "wb") as nothing:
-    os.dup2(file.fileno(), 2)
-    os.dup2(nothing.fileno(), 1)
-  os.environ["XLA_FLAGS"] = environment()["XLA_FLAGS"]
-  jax.config.update("jax_disable_most_optimizations", True)
-  # Of their own: a job that is killed may leave half a program. They compile in less time than those that are kept by default.
-  jax.config.update("jax_compilation_cache_dir", str(cache))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed job would leave behind
-  sys.exit(cifar_bns.main(given))
+  return [*given, "--bits", "4w4a", "--first-last", "none"]
 
 
 class Process:
@@ -102,16 +78,15 @@ class Process:
 
   def __init__(self, inputs: pathlib.Path, workdir: pathlib.Path, log: pathlib.Path, **sizes: float) -> None:
     self.log = log
-    log.touch()
-    given = (arguments(inputs, workdir, **sizes), log, inputs / "xla")
-    self._process = _SERVER.Process(target=_job, args=given, daemon=True)
-    self._process.start()
-    assert self._process.pid is not None
+    # Programs of their own: a job that is killed may leave half of one. They compile in less time than those that are kept by
+    # default.
+    variables = {"XLA_FLAGS": environment()["XLA_FLAGS"], "JAX_COMPILATION_CACHE_DIR": str(inputs / "xla")}
+    self._process = Forked(cifar_bns.main, (arguments(inputs, workdir, **sizes),), log, variables)
     self.pid = self._process.pid
 
   def runs(self) -> bool:
     """Whether it has not ended."""
-    return self._process.exitcode is None
+    return self._process.poll() is None
 
   def said(self) -> str:
     """Everything up to now."""
@@ -132,8 +107,7 @@ class Process:
 
   def send(self, number: signal.Signals) -> None:
     """Sends a signal, if the job still runs."""
-    if self.runs():
-      os.kill(self.pid, number)
+    self._process.send_signal(number)
 
   def signal(self, number: signal.Signals) -> int:
     """Sends a signal, if the job still runs; returns the exit status."""
@@ -142,11 +116,11 @@ class Process:
 
   def wait(self) -> int:
     """Exit status; a job that hangs is killed and fails the test."""
-    self._process.join(LIMIT_SECONDS)
-    if self._process.exitcode is None:
+    try:
+      return self._process.wait(LIMIT_SECONDS)
+    except TimeoutError as error:
       self._process.kill()
-      raise TimeoutError(f"the job hangs: {self.said()[-2000:]}")
-    return self._process.exitcode
+      raise TimeoutError(f"the job hangs: {self.said()[-2000:]}") from error
 
 
 def result(workdir: pathlib.Path) -> dict[str, Any]:

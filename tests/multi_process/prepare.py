@@ -16,10 +16,10 @@ SHAPE = (8, 8, 3)
 
 
 def small_network() -> Network:
-  """A ResNet of 8 layers on 8x8 images with random weights and statistics."""
-  options = {"num_classes": 5, "blocks_per_stage": 1}
+  """A convolution, BatchNorm and a classifier on 8x8 images with random weights and statistics."""
+  options = {"num_classes": 5, "blocks_per_stage": 0}
   shaken = random_network(get_model("resnet20", **options), image_shape=SHAPE)
-  return shaken.replace(name="resnet8", arch="resnet20", model_options=options)
+  return shaken.replace(name="small", arch="resnet20", model_options=options)
 
 
 def write_inputs(folder: pathlib.Path) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from tests.forked import Forked
 from tests.processes import environment
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROCESSES = 2
 
 
@@ -24,12 +22,15 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(
-  module: str, arguments: Callable[[str, int], Sequence[str]], cache: pathlib.Path, logs: pathlib.Path
-) -> Iterator[list[subprocess.Popen]]:
-  """Both processes of `python -m module`, ended by force when the block ends.
+  target: Callable[[list[str]], int | None],
+  arguments: Callable[[str, int], Sequence[str]],
+  cache: pathlib.Path,
+  logs: pathlib.Path,
+) -> Iterator[list[Forked]]:
+  """Two processes that call `target`, ended by force when the block ends.
 
   Args:
-    module: what to run.
+    target: the main function of a command.
     arguments: `(HOST:PORT, process id) -> arguments`.
     cache: for compiled programs.
     logs: folder for `log-0` and `log-1`.
@@ -40,9 +41,8 @@ def started(
   variables = environment(2, **caches, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")
   running = []
   for index in range(PROCESSES):
-    with open(logs / f"log-{index}", "w") as log:
-      command = [sys.executable, "-m", module, *arguments(address, index)]
-      running.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT))
+    given = (list(arguments(address, index)),)
+    running.append(Forked(target, given, logs / f"log-{index}", variables))
   try:
     yield running
   finally:
@@ -51,16 +51,14 @@ def started(
       process.wait()
 
 
-def ended(
-  running: Sequence[subprocess.Popen], logs: pathlib.Path, seconds: float = 240.0
-) -> tuple[list[int], list[str]]:
+def ended(running: Sequence[Forked], logs: pathlib.Path, seconds: float = 240.0) -> tuple[list[int], list[str]]:
   """Exit statuses and outputs; an overdue process is a failure."""
   deadline = time.monotonic() + seconds
   statuses = [process.wait(max(deadline - time.monotonic(), 0.1)) for process in running]
   return statuses, [(logs / f"log-{index}").read_text() for index in range(len(running))]
 
 
-def wait_until(condition: Callable[[], bool], running: Sequence[subprocess.Popen], seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], running: Sequence[Forked], seconds: float = 120.0) -> None:
   """Returns once the condition holds; fails when a process has ended before, or the time is over."""
   deadline = time.monotonic() + seconds
   while not condition():

@@ -26,7 +26,7 @@ def run(mode: str, folder: pathlib.Path, cache: pathlib.Path):
   """Both processes of the worker."""
   folder.mkdir(exist_ok=True)
   arguments = lambda address, index: [mode, str(folder), str(STEPS), address, "2", str(index)]
-  return started("tests.multi_process.worker", arguments, cache, folder / "logs")
+  return started(worker.run, arguments, cache, folder / "logs")
 
 
 def finish(mode: str, folder: pathlib.Path, cache: pathlib.Path) -> None:
@@ -123,7 +123,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path: pathlib.Path, cache: p
   def arguments(address: str, index: int) -> list[str]:
     return ["images", str(tmp_path / f"host-{index}"), str(STEPS), address, "2", str(index)]
 
-  with started("tests.multi_process.worker", arguments, cache, tmp_path / "logs") as running:
+  with started(worker.run, arguments, cache, tmp_path / "logs") as running:
     statuses, outputs = ended(running, tmp_path / "logs", 120)
   assert statuses == [2, 2]
   assert all("error: process 1 of 2 does not see what process 0 wrote to" in output for output in outputs), outputs

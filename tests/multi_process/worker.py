@@ -1,9 +1,8 @@
-"""What one process of a test run does: `python -m tests.multi_process.worker MODE FOLDER [STEPS] [HOST:PORT N I]`."""
+"""What one process of a test run does."""
 
 from __future__ import annotations
 
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -130,7 +129,7 @@ def main(mode: str, folder: pathlib.Path, steps: int, coordinator: str, count: i
   make_images(folder, steps)
 
 
-if __name__ == "__main__":
-  mode, folder, steps, coordinator, count, index = sys.argv[1:]
-  work = lambda: main(mode, pathlib.Path(folder), int(steps), coordinator, int(count), int(index))
-  sys.exit(run_command(work))
+def run(given: list[str]) -> int:
+  """`main` with its arguments as texts; the exit status of a command."""
+  mode, folder, steps, coordinator, count, index = given
+  return run_command(lambda: main(mode, pathlib.Path(folder), int(steps), coordinator, int(count), int(index)))
