@@ -31,7 +31,7 @@ LABELS = np.arange(12) % 10
 def _small() -> Any:
   """What suits small images, smaller still."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(settings._PRESETS, ("cpu", True), settings.Sizes(8, 4, 3, 6, 1, 4, 4, 200, 256, 4, 4))
+    patch.setitem(settings._PRESETS, ("cpu", True), settings.Sizes(8, 4, 3, 6, 1, 4, 4, 200, 256, 4, 4, 2))
     yield
 
 
@@ -177,6 +177,27 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(
   assert {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()} == finished
   with pytest.raises(CheckpointError, match="key"):
     kwjax.compress(network, ("2w4a", "4w4a"), workdir=tmp_path, **{**given, "key": jax.random.key(1)})
+
+
+def test_synthetic_images_calibrate_with_views_and_given_ones_without(
+  network: kwjax.Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  seen: list[np.ndarray] = []
+
+  def corrected(workspace: Any, made: Any, images: np.ndarray, correction: Any) -> Any:
+    seen.append(images)
+    return made
+
+  monkeypatch.setattr("kwjax.compression.student.corrected", corrected)
+  options: dict[str, Any] = {"key": KEY, "reconstruct": False, "finetune": False, "progress": False}
+  found = kwjax.compress(network, ("8w8a",), **options)
+  assert {len(images) for images in seen} == {16}
+  np.testing.assert_array_equal(seen[0][::2], found.images.images[:8])
+  assert not np.array_equal(seen[0][1::2], seen[0][::2])
+  assert "8 images (2 views of each) calibrate" in str(found.decisions[0])
+  seen.clear()
+  kwjax.compress(network, ("8w8a",), images=IMAGES, **options)
+  assert {len(images) for images in seen} == {9}
 
 
 def test_given_images_take_the_place_of_synthetic_ones(network: kwjax.Network, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,7 @@ def run(options: Options, *, name: str, default: str | None) -> int:
         weights=weight_scheme_of(options),
         num_images=chosen.images,
         held_out=chosen.held_out,
+        views=chosen.views,
         config=config,
         reconstruct=reconstruction_of(chosen),
         finetune=fine_tuning_of(options, chosen),

@@ -32,14 +32,15 @@ def describe(
   synthesis = images * config.duplicates * config.steps * 2 * forward if config.is_optimized else 0
   runs = 2 * len(bits)
   # The float network and every student, the fine-tuned one among them, see each image once.
-  evaluation = forward * (3 * images + (images - chosen.images + labelled) * (runs + 2))
+  seen = 3 * images + (images - chosen.images + labelled) * (runs + 2)
+  evaluation = forward * (seen + 2 * len(bits) * chosen.images * (chosen.views - 1))
   distillation = chosen.distill_steps * chosen.distill_batch_size * 4 * forward
   rebuilt = (
     [text for text in bits if min(n or 32 for n in Bits.parse(text)) < 8] if chosen.reconstruct_iterations else []
   )
   # Forward and backward of the float prefix's unit and the quantized one, and the passes that collect features.
   iterations = chosen.reconstruct_iterations * chosen.reconstruct_batch_size
-  reconstruction = len(rebuilt) * forward * (3 * iterations + 4 * chosen.images)
+  reconstruction = len(rebuilt) * forward * (3 * iterations + 4 * chosen.images * chosen.views)
   rate = matmul_rate()
   total = synthesis + evaluation + reconstruction + distillation
   return "\n".join(

@@ -62,6 +62,8 @@ class Options:
   """Distinct images to synthesize for calibration and fine-tuning."""
   held_out: ByPreset = None
   """Images to synthesize beside them, on which only the agreement with the float network is measured."""
+  views: ByPreset = None
+  """Views of each synthetic image that calibrate and reconstruct, drawn as in its synthesis; the image is the first."""
   steps: ByPreset = None
   """Optimization steps a batch."""
   batch_size: ByPreset = None

@@ -35,17 +35,19 @@ class Decision:
     return f"{self.about}: {self.choice} {self.reason}"
 
 
-def about_images(samples: SampleSet, config: SynthesisConfig | None, used: int) -> Decision:
+def about_images(samples: SampleSet, config: SynthesisConfig | None, used: int, views: int) -> Decision:
   """Which images the students are calibrated with.
 
   Args:
     samples: all of them.
     config: how they were made; None: they were given.
     used: how many of them; the others are held out.
+    views: of each that calibrate.
   """
   held_out = len(samples.images) - used
-  choice = f"{used} images calibrate and fine-tune, {held_out} more are held out to measure agreement."
-  numbers: dict[str, float] = {"used": used, "held_out": held_out}
+  each = f" ({views} views of each)" if views > 1 else ""
+  choice = f"{used} images{each} calibrate and fine-tune, {held_out} more are held out to measure agreement."
+  numbers: dict[str, float] = {"used": used, "held_out": held_out, "views": views}
   if config is None:
     return Decision("images", choice, "The images were given.", numbers)
   reason = f"No images were given, so they come from the network itself (scheme {config.scheme})."

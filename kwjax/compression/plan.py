@@ -43,6 +43,7 @@ class Plan(NamedTuple):
     given: these images, the held-out ones last; or None.
     num_images: images that calibrate.
     total: those and the held-out ones.
+    views: of each synthetic image that calibrate.
     rules: of every precision, with the ranges of the method.
     method: of the calibration.
     reconstruct: settings of the reconstruction, or None.
@@ -57,6 +58,7 @@ class Plan(NamedTuple):
   given: SampleSet | None
   num_images: int
   total: int
+  views: int
   rules: Mapping[str, QuantRules]
   method: Method
   reconstruct: ReconstructConfig | None
@@ -80,6 +82,7 @@ class Plan(NamedTuple):
       "given": None if self.given is None else hashlib.sha256(self.given.images.tobytes()).hexdigest(),
       "images": self.num_images,
       "total": self.total,
+      "views": self.views,
       "rules": {bits: rules.to_json() for bits, rules in self.rules.items()},
       "method": self.method._asdict(),
       "reconstruct": None if self.reconstruct is None else self.reconstruct.to_json(),
@@ -105,6 +108,7 @@ def make_plan(
   weights: str | None,
   num_images: int | None,
   held_out: int | None,
+  views: int | None,
   config: SynthesisConfig | None,
   reconstruct: bool | ReconstructConfig,
   finetune: bool | FineTuning | DistillConfig,
@@ -120,7 +124,7 @@ def make_plan(
   if weights is None:
     weights = "auto" if calibration == "paper" else "integer"
   rules = parse_rules(network, bits, method=method, first_last=first_last, overrides=overrides, weights=weights)
-  for name, number, least in (("num_images", num_images, 1), ("held_out", held_out, 0)):
+  for name, number, least in (("num_images", num_images, 1), ("held_out", held_out, 0), ("views", views, 1)):
     if number is not None and number < least:
       raise KwjaxError(f"{name} must be at least {least}, found {number}")
   chosen = sizes_for(network, "cpu", {})
@@ -138,6 +142,8 @@ def make_plan(
     config = config or synthesis_config(network, scheme, chosen)
     if config.scheme != scheme:
       raise KwjaxError(f"config is of the scheme {config.scheme!r}, but scheme is {scheme!r}")
+  # Images that were given, and noise, were not made to have the right statistics in other views.
+  has_views = config is not None and config.is_optimized and not config.augmentation.is_identity
   if reconstruct is True:
     iterations, size = chosen.reconstruct_iterations, chosen.reconstruct_batch_size
     reconstruct = iterations > 0 and ReconstructConfig(iterations=iterations, batch_size=size)
@@ -153,6 +159,7 @@ def make_plan(
     given=given,
     num_images=num_images,
     total=total,
+    views=(chosen.views if views is None else views) if has_views else 1,
     rules=rules,
     method=method,
     reconstruct=reconstruct or None,

@@ -22,6 +22,7 @@ from kwjax.compression.workspace import (
   DISTILL_KEY,
   GAUSSIAN_KEY,
   SYNTHESIS_KEY,
+  VIEWS_KEY,
   Workspace,
   is_small,
   never_stop,
@@ -35,7 +36,7 @@ from kwjax.runtime.devices import memory, processes
 from kwjax.runtime.devices.parallel import DeviceGroup, device_group
 from kwjax.runtime.reporting.tensorboard import EventLog
 from kwjax.runtime.result_store import ResultStore, check_same_settings
-from kwjax.synthesis import SampleSet, SynthesisConfig
+from kwjax.synthesis import SampleSet, SynthesisConfig, enlarge
 
 # A reconstructed student below it has nothing to gain from a short fine-tuning. ResNet-20 has 0.28 at 4w4a and 0.88 at 2w4a.
 _NEAR_RECONSTRUCTED = 0.5
@@ -99,6 +100,7 @@ def compress(
   weights: str | None = None,
   num_images: int | None = None,
   held_out: int | None = None,
+  views: int | None = None,
   config: SynthesisConfig | None = None,
   reconstruct: bool | ReconstructConfig = True,
   finetune: bool | FineTuning | DistillConfig = True,
@@ -136,6 +138,8 @@ def compress(
       quarters of an array.
     held_out: images beside them, for the agreement with the float network alone. Default: 128 or 24; at most a quarter
       of given ones.
+    views: of each synthetic image that calibrate and reconstruct, drawn as in the synthesis; the image is the first. Default: 1
+      up to 64 pixels, 4 beyond.
     config: of the synthesis. Default: what suits the size of the images.
     reconstruct: whether and how precisions below 8 bits are reconstructed. True: up to 64 pixels; the few images that are
       made beyond are not enough.
@@ -182,6 +186,7 @@ def compress(
     weights=weights,
     num_images=num_images,
     held_out=held_out,
+    views=views,
     config=config,
     reconstruct=reconstruct,
     finetune=finetune,
@@ -221,6 +226,10 @@ def _execute(job: Plan, workspace: Workspace) -> Compressed:
     workspace, _config(job), "synthesis", count=job.total, key=jax.random.fold_in(job.key, SYNTHESIS_KEY)
   )
   used, held_out = samples.images[: job.num_images], samples.images[job.num_images :]
+  calibrating = used
+  if job.views > 1:
+    augmentation = _config(job).augmentation
+    calibrating = enlarge(used, job.views, augmentation, key=jax.random.fold_in(job.key, VIEWS_KEY))
   image_sets = {scheme: used, **{name: _baseline(job, workspace, name) for name in job.baselines}}
   kind = "held-out images" if job.given else "held-out synthetic images"
   workspace.log(
@@ -230,7 +239,7 @@ def _execute(job: Plan, workspace: Workspace) -> Compressed:
   )
   scorer = Scorer(network, held_out, job.eval_data, devices=workspace.group, should_stop=workspace.should_stop)
   float_score = Score.from_json(workspace.results.once("float", lambda: scorer.score(network)))
-  decided = [decisions.about_images(samples, None if job.given else job.config, job.num_images)]
+  decided = [decisions.about_images(samples, None if job.given else job.config, job.num_images, job.views)]
   students: dict[str, QuantizedNetwork] = {}
   scores: dict[str, Score] = {}
   calibrated: dict[str, dict[str, Score]] = {}
@@ -240,7 +249,7 @@ def _execute(job: Plan, workspace: Workspace) -> Compressed:
     for name, images in image_sets.items():
       key, method = jax.random.fold_in(job.key, CALIBRATION_KEY), job.method
       if name == scheme:
-        own = candidates.best(workspace, scorer, bits, rules, method, images, key=key, name=name)
+        own = candidates.best(workspace, scorer, bits, rules, method, calibrating, key=key, name=name)
         found = own.student
       else:
         found = student.calibrated(workspace, f"ranges-{name}", images, rules, method, key=key, description=name)
@@ -254,7 +263,7 @@ def _execute(job: Plan, workspace: Workspace) -> Compressed:
     scores[bits] = calibrated[bits][scheme]
     if job.reconstruct is not None:
       made = candidates.reconstructed(
-        workspace, scorer, bits, rules, job.reconstruct, own, scores[bits], used, key=job.key
+        workspace, scorer, bits, rules, job.reconstruct, own, scores[bits], calibrating, key=job.key
       )
       decided.append(made.why)
       if made.score is not None:

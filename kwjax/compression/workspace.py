@@ -17,7 +17,7 @@ from kwjax.runtime.reporting.tensorboard import EventLog
 from kwjax.runtime.result_store import ResultStore
 
 GAUSSIAN, REAL = "gaussian", "real"
-SYNTHESIS_KEY, GAUSSIAN_KEY, CALIBRATION_KEY, DISTILL_KEY, REAL_KEY, RECONSTRUCT_KEY = range(6)
+SYNTHESIS_KEY, GAUSSIAN_KEY, CALIBRATION_KEY, DISTILL_KEY, REAL_KEY, RECONSTRUCT_KEY, VIEWS_KEY = range(7)
 _SMALL = 64  # pixels
 
 

@@ -9,6 +9,7 @@ from kwjax.synthesis.pixels import SynthesisState, initial_state, synthesis_loss
 from kwjax.synthesis.store import ImageStore
 from kwjax.synthesis.store_tfds import save_tfds
 from kwjax.synthesis.synthesize import SampleSet, batch_sizes, starting_images, synthesize
+from kwjax.synthesis.views import enlarge
 
 __all__ = [
   "LEAF_SHAPES",
@@ -26,6 +27,7 @@ __all__ = [
   "augment",
   "batch_sizes",
   "dead_leaves",
+  "enlarge",
   "evaluate_objective",
   "gaussian_images",
   "inception_loss",

@@ -83,8 +83,8 @@ def plain_gradient(scheme: str, count: int) -> tuple[dict, np.ndarray]:
 
 
 CASES = [
-  *((scheme, count, devices) for scheme in SCHEMES[2:] for count, devices in ((1, 8), (5, 1), (5, 2), (8, 2), (13, 8))),
-  *((scheme, count, devices) for scheme in SCHEMES[:2] for count, devices in ((13, 1), (5, 2), (13, 8))),
+  *((scheme, count, devices) for scheme in SCHEMES[2:] for count, devices in ((1, 8), (5, 1), (13, 8))),
+  *((scheme, count, devices) for scheme in SCHEMES[:2] for count, devices in ((5, 2),)),
 ]
 
 
@@ -148,13 +148,12 @@ def test_a_step_is_clamp_then_adam_with_drops() -> None:
   labels, key = jnp.zeros(16, jnp.int32), jax.random.key(1)
   state, step = initial_state(config, start), jax.jit(functools.partial(synthesis_step, config=config))
   x, m, v = np.asarray(start, np.float64), 0.0, 0.0
+  loss = lambda images, key: synthesis_loss(images, network, labels, key, config)[0]
+  gradient_of = jax.jit(jax.grad(loss))
   for t in range(3):
     state, _ = step(state, labels, network, key)
     x = np.clip(x, 0, 1)
-    loss = functools.partial(
-      synthesis_loss, network=network, labels=labels, key=jax.random.fold_in(key, t), config=config
-    )
-    gradient = np.asarray(jax.grad(lambda images: loss(images)[0])(jnp.asarray(x, jnp.float32)), np.float64)
+    gradient = np.asarray(gradient_of(jnp.asarray(x, jnp.float32), jax.random.fold_in(key, t)), np.float64)
     m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
     rate = 0.05 * (0.1 if t >= 2 else 1.0)
     x = x - rate * (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-8)
@@ -167,7 +166,8 @@ def test_a_step_is_clamp_then_adam_with_drops() -> None:
 def test_saturated_pixels_still_get_a_gradient() -> None:
   network, config = tiny_network(), small("bns")
   state = initial_state(config, jnp.full((16, 8, 8, 3), 5.0))
-  state, _ = synthesis_step(state, jnp.zeros(16, jnp.int32), network, jax.random.key(0), config)
+  step = jax.jit(functools.partial(synthesis_step, config=config))
+  state, _ = step(state, jnp.zeros(16, jnp.int32), network, jax.random.key(0))
   assert float((state.images != 1.0).mean()) > 0.5
 
 

@@ -26,22 +26,27 @@ def views(config: Augmentation, count: int, height: int, width: int) -> tuple[np
   [
     (Augmentation(crop_resize=(0.4, 1.0), flip=True), 224, 224),
     (Augmentation(crop_resize=(0.2, 0.3), flip=True), 161, 193),
-    (Augmentation(crop_resize=(0.08, 0.2), flip=True), 150, 193),
     (Augmentation(pad_crop=40, flip=True), 160, 129),
     (Augmentation(crop_resize=(0.3, 1.0), pad_crop=9, flip=True), 131, 200),
     (Augmentation(crop_resize=(0.4, 1.0), pad_crop=2, flip=True), 24, 30),
   ],
-  ids=["default", "small crops", "smaller crops", "shifts", "both", "small images"],
+  ids=["default", "small crops", "shifts", "both", "small images"],
 )
 def test_views_and_their_gradient_are_products_with_the_matrices(config: Augmentation, height: int, width: int) -> None:
   rows, columns = views(config, 9, height, width)
   x, g = (np.asarray(jax.random.normal(jax.random.key(i), (9, height, width, 3))) for i in (0, 1))
   magnification = config.crop_resize[0] ** -0.5 if config.crop_resize else 1.0
-  found, transpose = jax.vjp(lambda x: resample(x, rows, columns, magnification), x)
+
+  @jax.jit
+  def both(x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    found, transpose = jax.vjp(lambda x: resample(x, rows, columns, magnification), x)
+    return found, transpose(g)[0]
+
+  found, gradient = both(x, g)
   down, across = matrices(rows, height), matrices(columns, width)
   np.testing.assert_allclose(found, np.einsum("vij,vkw,vjwc->vikc", down, across, x, optimize=True), atol=2e-5)
   expected = np.einsum("vij,vkw,vikc->vjwc", down, across, g, optimize=True)
-  np.testing.assert_allclose(transpose(g)[0], expected, atol=2e-5 * np.abs(expected).max())
+  np.testing.assert_allclose(gradient, expected, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("magnification", [1.0, 1.7, 2.0])
@@ -52,7 +57,8 @@ def test_all_rows_that_look_at_a_block_are_found(magnification: float) -> None:
   rows = np.stack([position, position[::-1], size - 1 - position, (size - 1 - position)[::-1]])
   g = np.asarray(jax.random.normal(jax.random.key(0), (4, size, size, 1)))
   straight = np.tile(np.arange(size, dtype=np.float32), (4, 1))
-  (found,) = jax.vjp(lambda x: resample(x, rows, straight, magnification), jnp.zeros_like(g))[1](g)
+  transposed = lambda g: jax.vjp(lambda x: resample(x, rows, straight, magnification), jnp.zeros_like(g))[1](g)
+  (found,) = jax.jit(transposed)(g)
   expected = np.einsum("vij,vikc->vjkc", matrices(rows, size), g)
   np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
@@ -75,7 +81,7 @@ def test_accelerators_keep_one_product_an_axis() -> None:
 def test_a_first_copy_that_is_kept_and_others_that_are_drawn() -> None:
   x = jax.random.uniform(jax.random.key(2), (2, 130, 140, 3))
   config = Augmentation(crop_resize=(0.5, 0.9), flip=True, keep_first=True)
-  copies = augment(x, jax.random.key(0), config, duplicates=3)
+  copies = jax.jit(lambda x: augment(x, jax.random.key(0), config, duplicates=3))(x)
   np.testing.assert_array_equal(copies[::3], x)
   rows, columns = views(config, 6, 130, 140)
   drawn = np.einsum(
