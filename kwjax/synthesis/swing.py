@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -26,9 +27,9 @@ def swinging(apply: ApplyFn, key: Array) -> ApplyFn:
   Source: Jeon et al. (2023), "Genie: Show Me the Data for Quantization", section 3.2.
   """
 
-  def handle(module: nn.Module, x: Array, proceed: object) -> Array:
+  def handle(module: nn.Module, x: Array, proceed: Callable[[Array], Array]) -> Array:
     layer_key = jax.random.fold_in(key, zlib.crc32(layer_name(module).encode()) % 2**31)
-    return proceed(shifted(x, strides_of(module), layer_key))  # type: ignore[operator]
+    return proceed(shifted(x, strides_of(module), layer_key))
 
   return intercept(apply, lambda module: any(s > 1 for s in strides_of(module)), handle)
 
@@ -37,7 +38,7 @@ def strides_of(module: nn.Module) -> tuple[int, ...]:
   """Strides of a convolution, one for each spatial axis; () of any other module."""
   if not isinstance(module, nn.Conv) or kind_of(module) != nn.Conv.__name__:
     return ()
-  axes = len(module.kernel_size)
+  axes = 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
   strides = module.strides
   return (1,) * axes if strides is None else (strides,) * axes if isinstance(strides, int) else tuple(strides)
 

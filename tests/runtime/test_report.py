@@ -164,6 +164,23 @@ def test_the_page_shows_the_numbers_with_their_intervals(tmp_path: pathlib.Path)
   assert "python -m experiments.cifar_bns --network a&b" in page.data
 
 
+def test_channels_that_own_the_divergence_are_named_beside_it(tmp_path: pathlib.Path) -> None:
+  of_all = {"jkl": 20.3, "without_input": 20.7, "trimmed": 0.11, "outliers": 27, "channels": 21008}
+  jkl = {
+    "start": 3773.0,
+    "final": 20.3,
+    "start_trimmed": 0.5,
+    "final_trimmed": 0.11,
+    "per_layer": {},
+    "sets": {"bns": of_all},
+  }
+  write_report({**_report(), "jkl": jkl}, tmp_path)
+  page = _page(tmp_path)
+  shown = "went from 0.5 to 0.11 (from 3773 to 20.3 with a few channels that hardly ever fire)"
+  assert f"J_KL of the synthesised images {shown}" in page.data
+  assert ["bns", "20.3", "20.7", "0.11", "27 of 21,008"] in page.rows
+
+
 def test_an_empty_report_says_that_nothing_was_measured(tmp_path: pathlib.Path) -> None:
   write_report({}, tmp_path)
   page = _page(tmp_path)

@@ -118,11 +118,10 @@ def summary(report: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str
   jkl = report["jkl"] or {}
   if jkl.get("start") is not None and jkl.get("final") is not None:
     start, final = jkl["start"], jkl["final"]
-    trimmed = jkl.get("start_trimmed"), jkl.get("final_trimmed")
-    has_outliers = None not in trimmed and trimmed[1] < 0.9 * final
+    low, high = jkl.get("final_trimmed"), jkl.get("start_trimmed")
     shown = f"from {number(start)} to {number(final)}"
-    if has_outliers:
-      shown = f"from {number(trimmed[0])} to {number(trimmed[1])} ({shown} with a few channels that hardly ever fire)"
+    if low is not None and high is not None and low < 0.9 * final:
+      shown = f"from {number(high)} to {number(low)} ({shown} with a few channels that hardly ever fire)"
     parts.append(f"J_KL of the synthesised images went {shown}")
   synthesis = report["synthesis"] or {}
   if synthesis.get("images") is not None:
