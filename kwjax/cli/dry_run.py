@@ -41,6 +41,7 @@ def describe(
   # Forward and backward of the float prefix's unit and the quantized one, and the passes that collect features.
   iterations = chosen.reconstruct_iterations * chosen.reconstruct_batch_size
   reconstruction = len(rebuilt) * forward * (3 * iterations + 4 * chosen.images * chosen.views)
+  views = f" ({chosen.views} views)" if chosen.views > 1 and config.is_optimized else ""
   rate = matmul_rate()
   total = synthesis + evaluation + reconstruction + distillation
   return "\n".join(
@@ -49,7 +50,7 @@ def describe(
       f"synthesis     {images} {config.scheme} images ({chosen.images} to use, the rest held out), batches of up to "
       f"{config.batch_size}, {config.steps} steps on {config.duplicates} {'view' if config.duplicates == 1 else 'views'} "
       f"of each: {synthesis / 1e12:.2f} T operations",
-      f"calibration   {', '.join(bits)} with {config.scheme} and gaussian images; agreement and accuracy on "
+      f"calibration   {', '.join(bits)} with {config.scheme}{views} and gaussian images; agreement and accuracy on "
       f"{images - chosen.images} held-out and {labelled} labelled images: {evaluation / 1e12:.2f} T operations",
       f"reconstruct   {', '.join(rebuilt) or 'nothing'}: {chosen.reconstruct_iterations} iterations of "
       f"{chosen.reconstruct_batch_size} images a block: {reconstruction / 1e12:.2f} T operations",

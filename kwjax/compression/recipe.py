@@ -141,8 +141,8 @@ def compress(
     views: of each synthetic image that calibrate and reconstruct, drawn as in the synthesis; the image is the first. Default: 1
       up to 64 pixels, 4 beyond.
     config: of the synthesis. Default: what suits the size of the images.
-    reconstruct: whether and how precisions below 8 bits are reconstructed. True: up to 64 pixels; the few images that are
-      made beyond are not enough.
+    reconstruct: whether and how precisions below 8 bits are reconstructed. True: up to 64 pixels; beyond, it
+      takes longer than all other steps together.
     finetune: whether and how the last precision is fine-tuned. True and `FineTuning` leave open what depends on how good the
       student is: one that is reconstructed and near the float network is not fine-tuned. A `DistillConfig` says everything.
     baselines: further image sets that every precision is calibrated with, for comparison only:

@@ -54,8 +54,8 @@ class Sizes:
 _PRESETS: dict[tuple[str, bool], Sizes] = {
   # (preset, whether images are small): CIFAR-sized networks and ImageNet-sized ones
   ("cpu", True): Sizes(384, 128, 120, 128, 1, 120, 64, 200, 256, 150, 32, 1),
-  # 40 synthetic images are too few to reconstruct from: EfficientNet-Lite0 at 4w8a comes closer to the float network on
-  # held-out synthetic images (agreement 58 to 75 %) and farther from it on real ones (top-1 81.6 to 78.4 %).
+  # Views: EfficientNet-Lite0 at 4w8a, moments corrected, has 0.234 nats on real images with 64 images, 0.216 with 4 views of 40
+  # and 0.214 with 4 of 64. ResNet-20 gains nothing by them. A reconstruction would take longer than all other steps together.
   ("cpu", False): Sizes(40, 24, 60, 32, 1, 40, 16, 200, 256, 0, 8, 4),
   (PUBLISHED, True): Sizes(500, 125, 1000, 800, 4, 16000, 256, 200, 256, 0, 32, 1),
   (PUBLISHED, False): Sizes(10000, 2500, 1000, 80, 4, 44000, 256, 200, 256, 0, 32, 1),
