@@ -63,7 +63,8 @@ class Options:
   held_out: ByPreset = None
   """Images to synthesize beside them, on which only the agreement with the float network is measured."""
   views: ByPreset = None
-  """Views of each synthetic image that calibrate and reconstruct, drawn as in its synthesis; the image is the first."""
+  """Views of each synthetic image that calibrate and reconstruct, drawn as in its synthesis; the image is the first. More than
+  the default, 1, help some networks and harm others."""
   steps: ByPreset = None
   """Optimization steps a batch."""
   batch_size: ByPreset = None
