@@ -145,11 +145,11 @@ def test_arguments_are_checked(options, message, make, tmp_path):
 
 
 @pytest.mark.slow
-def test_resnet44_has_the_top1_of_the_simulated_network(shared_data, tmp_path):
+def test_resnet20_has_the_top1_of_the_simulated_network(shared_data, tmp_path):
   from kwjax.quantization import observe_ranges
   from weights_conversion.convert import convert
 
-  network: Network = convert("resnet44", shared_data / "weights" / "resnet44-014dd654.th")
+  network: Network = convert("resnet20", shared_data / "weights" / "resnet20-12fca82f.th")
   data = np.load(shared_data / "cifar10" / "cifar10_subset.npz")
   train, test = (data[key].astype(np.float32) / 255 for key in ("train_images", "test_images"))
   rules = QuantRules.parse("8w8a", weights="sym")

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kwjax import synthesis
 from kwjax.errors import KwjaxError
-from kwjax.synthesis import Augmentation, augment
+from kwjax.synthesis import Augmentation
+
+augment = jax.jit(synthesis.augment, static_argnames=("config", "duplicates"))
 
 
 def images(count: int = 3, size: int = 8) -> jax.Array:
