@@ -93,14 +93,15 @@ def correct_bias(
   places, size = _places(reference), min(batch_size, len(images))
   batches = forward_batches(
     _compare,
-    (quantized, reference),
+    # An argument of the program, so that one program serves both corrections.
+    (quantized, reference, jnp.asarray(variance)),
     images[: len(images) - len(images) % size],
     batch_size=size,
     description="bias correction",
     devices=devices,
     progress=progress,
     should_stop=should_stop,
-    options={"places": places, "variance": variance},
+    options={"places": places},
   )
   # The shifts are equal on all devices.
   parts = [jax.tree.map(lambda shift: np.float64(shift[0]), shifts) for shifts, _ in batches]
@@ -109,15 +110,14 @@ def correct_bias(
 
 
 def _compare(
-  placed: tuple[QuantizedNetwork, Network],
+  placed: tuple[QuantizedNetwork, Network, Array],
   images: Array,
   weights: Array | None,
   axis_name: str | None,
   places: _Places,
-  variance: bool,
 ) -> dict[str, Any]:
   """How far every channel has to be shifted; over all devices."""
-  (quantized, reference), sample = placed, _Sample(weights, axis_name)
+  (quantized, reference, variance), sample = placed, _Sample(weights, axis_name)
   with jax.default_matmul_precision("highest"):
     _, mutated = recording_means(reference.forward, places, sample)(reference.variables, images)
     # Two programs in one: XLA shall not mix them.
@@ -159,9 +159,11 @@ def recording_means(apply: ApplyFn, places: _Places, sample: _Sample) -> ApplyFn
 
 
 def correcting_means(
-  apply: ApplyFn, places: _Places, wanted: Mapping[str, _Moments], sample: _Sample, *, variance: bool
+  apply: ApplyFn, places: _Places, wanted: Mapping[str, _Moments], sample: _Sample, *, variance: Array
 ) -> ApplyFn:
-  """Wrap `apply`: give every channel its wanted moments, and record the running moments or the bias shift that do so."""
+  """Wrap `apply`: give every channel its wanted mean, and variance where that is true, and record the running moments or the
+  bias shift that do so.
+  """
 
   def handle(module: nn.Module, x: Array, proceed: Any) -> Any:
     wanted, is_norm = intercept.provided(module, _MEANS), intercept.layer_name(module) in places.norms
@@ -179,10 +181,8 @@ def correcting_means(
     found, eps = _channel_moments(module, x, 1, sample), module.epsilon
     mean: Array = module.get_variable("batch_stats", "mean")
     var: Array = module.get_variable("batch_stats", "var")
-    gain: Array | float = 1.0
-    if variance:
-      gain = jnp.sqrt((wanted.var + eps) / (found.var + eps))
-      var = jnp.maximum((var + eps) / gain**2 - eps, 0.0)
+    gain = jnp.where(variance, jnp.sqrt((wanted.var + eps) / (found.var + eps)), 1.0)
+    var = jnp.where(variance, jnp.maximum((var + eps) / gain**2 - eps, 0.0), var)
     # Running moments with which BatchNorm does to x what it did to (x - found mean) * gain + wanted mean.
     moved = found.mean - (wanted.mean - mean) / gain
     intercept.record(module, _SHIFTS, _Moments(moved, var))
