@@ -14,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from experiments import cifar_bns
+from kwjax import kernels
 from kwjax.models import get_model
 from kwjax.network import Network, save_network
 from tests.forked import Forked
@@ -80,7 +81,9 @@ class Process:
     self.log = log
     # Programs of their own: a job that is killed may leave half of one. They compile in less time than those that are kept by
     # default.
+    # And the same kernels in all workers, whatever ran before in one of them: other kernels give other bits.
     variables = {"XLA_FLAGS": environment()["XLA_FLAGS"], "JAX_COMPILATION_CACHE_DIR": str(inputs / "xla")}
+    variables[kernels.VARIABLE] = "off"
     self._process = Forked(cifar_bns.main, (arguments(inputs, workdir, **sizes),), log, variables)
     self.pid = self._process.pid
 
