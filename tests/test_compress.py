@@ -31,7 +31,7 @@ LABELS = np.arange(12) % 10
 def _small() -> Any:
   """What suits small images, smaller still."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(settings._PRESETS, ("cpu", True), settings.Sizes(8, 4, 3, 6, 1, 4, 4, 200, 256, 4, 4, 2))
+    patch.setitem(settings._PRESETS, ("cpu", True), settings.Sizes(8, 4, 3, 6, 1, 4, 4, 200, 256, 4, 4))
     yield
 
 
@@ -190,7 +190,7 @@ def test_synthetic_images_calibrate_with_views_and_given_ones_without(
 
   monkeypatch.setattr("kwjax.compression.student.corrected", corrected)
   options: dict[str, Any] = {"key": KEY, "reconstruct": False, "finetune": False, "progress": False}
-  found = kwjax.compress(network, ("8w8a",), **options)
+  found = kwjax.compress(network, ("8w8a",), views=2, **options)
   assert {len(images) for images in seen} == {16}
   np.testing.assert_array_equal(seen[0][::2], found.images.images[:8])
   assert not np.array_equal(seen[0][1::2], seen[0][::2])
@@ -233,6 +233,9 @@ CONFIG = kwjax.SynthesisConfig.for_network("inception", 8)
     ({"weights": "nothing"}, "weight scheme 'nothing'"),
     ({"overrides": {"layer9": "8w8a"}}, "layer9"),
     ({"num_images": 0}, "num_images must be at least 1, found 0"),
+    ({"views": 0}, "views must be at least 1, found 0"),
+    ({"views": 2, "scheme": "gaussian"}, "synthesized under an augmentation: found 2 views of gaussian images"),
+    ({"views": 2, "images": IMAGES}, "synthesized under an augmentation: found 2 views of given images"),
     ({"held_out": -1}, "held_out must be at least 0, found -1"),
     ({"config": CONFIG}, "config is of the scheme 'inception', but scheme is 'bns'"),
     ({"images": IMAGES, "config": CONFIG}, "images are given"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments._harness import image_sets
@@ -20,13 +20,23 @@ from kwjax.quantization import QuantRules
 from kwjax.runtime.data import ImageData
 
 
-def quantization_rules(setup: Setup, bits: str, first_last: str) -> QuantRules:
+def quantization_rules(
+  setup: Setup, bits: str, first_last: str, *, weights: str = "auto", overrides: Sequence[tuple[str, str]] = ()
+) -> QuantRules:
   """Bits of every layer from --bits and --first-last, checked against the network; `none` treats all layers alike.
+
+  Args:
+    setup: of the study.
+    bits: #w#a.
+    first_last: of the first convolution and of the last layer, or `none`.
+    weights: weight scheme.
+    overrides: pairs of a pattern and bits.
 
   Raises:
     KwjaxError: the texts do not say bits, or a layer is not there.
   """
-  rules = QuantRules.parse(bits, first_last=None if first_last == "none" else first_last)
+  first_last_bits = None if first_last == "none" else first_last
+  rules = QuantRules.parse(bits, first_last=first_last_bits, weights=weights, overrides=overrides)
   rules.resolve(setup.network)
   return rules
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from experiments._harness.distilled import float_score
+from experiments._harness.image_sets import short_name
+from experiments._harness.study_report import top1_results
+from experiments._harness.tables import Results, Table
 from kwjax.compression.settings import Sizes
 from kwjax.compression.workspace import Workspace
 from kwjax.network import Network
@@ -46,3 +52,38 @@ def scored(
   assert score.accuracy is not None
   assert score.agreement is not None
   return {"top1": score.accuracy.top1, "kl": score.agreement.kl}
+
+
+_NATS = "nats"
+
+
+def tables(what: str, rows: Sequence[str], columns: Sequence[str], note: str) -> tuple[Table, Table]:
+  """Top-1 of each row and column, and the KL from the float network on the same images."""
+  note = f"{note} Evaluated on images that are used for nothing else."
+  names = tuple(rows), tuple(columns)
+  return (
+    Table(f"{what}: top-1 (%)", *names, note=note),
+    Table(f"{what}: KL from the float network", *names, unit=dict.fromkeys(columns, _NATS), note=note),
+  )
+
+
+def value_in(table: Table, column: str) -> str:
+  """Which of the values of `scored` a table shows."""
+  return "kl" if table.unit_of(column) == _NATS else "top1"
+
+
+def protocol(evaluation: ImageData) -> dict[str, str]:
+  """What holds for all cells of a study whose columns are image sets."""
+  return {
+    "data used": "column real: real images; the others: none, images come from the network itself",
+    "evaluation images": f"{len(evaluation)} of {short_name(evaluation)}; used for nothing else",
+  }
+
+
+def report(workspace: Workspace, evaluation: ImageData, results: Mapping[str, Results], top1: Table) -> dict[str, Any]:
+  """Keys of report.json beside the tables."""
+  columns = {column: column for column in top1.columns}
+  return {
+    "float": float_score(workspace, evaluation),
+    "calibrated": top1_results(top1, results[top1.title], columns),
+  }

@@ -32,12 +32,11 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from experiments._harness.distilled import float_score
+from experiments._harness.distilled import quantization_rules
 from experiments._harness.image_sets import Source, digest, identity, short_name
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
-from experiments._harness.study_report import top1_results
-from experiments._harness.tables import Results, Table
-from experiments.calibration.scored import NO_PART, scored, with_draws
+from experiments._harness.tables import Table
+from experiments.calibration.scored import NO_PART, protocol, report, scored, tables, value_in, with_draws
 from kwjax.cli.arguments import parse
 from kwjax.cli.command import run_command
 from kwjax.compression.student import calibrated
@@ -68,7 +67,6 @@ METHODS: dict[str, Method] = {
   "mse+weights-mse+moments": Method("mse", "mse", corrects_bias=True, corrects_variance=True),
 }
 COLUMNS = (REAL, "bns", GAUSSIAN)
-_NATS = "nats"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +112,7 @@ class _Work:
     protocol = (
       f"{', '.join(parts)}; {source.description}{how}; {len(self.evaluation)} images of {short_name(self.evaluation)}"
     )
-    value = "kl" if table.unit_of(column) == _NATS else "top1"
+    value = value_in(table, column)
 
     def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
       name = f"methods/{digest([row, column, settings])}-seed{seed}"
@@ -149,47 +147,22 @@ class _Work:
       evaluated=students * (len(self.evaluation) + 2 * chosen.images),
     )
 
-  def report(self, workspace: Workspace, results: Mapping[str, Results]) -> Mapping[str, Any]:
-    """Keys of report.json beside the tables."""
-    title = next(iter(results))
-    table = Table(title, tuple(METHODS), COLUMNS)
-    return {
-      "float": float_score(workspace, self.evaluation),
-      "calibrated": top1_results(table, results[title], {column: column for column in COLUMNS}),
-    }
-
 
 def build(setup: Setup) -> Study:
   """The study for the network of the command line."""
   options, evaluation = setup.options, setup.labelled()
   assert isinstance(options, Options)
-  rules = QuantRules.parse(
-    options.bits,
-    first_last=None if options.first_last == "none" else options.first_last,
-    weights=options.weight_scheme,
-  )
-  rules.resolve(setup.network)
+  rules = quantization_rules(setup, options.bits, options.first_last, weights=options.weight_scheme)
   work = _Work(setup, evaluation, rules)
-  what = f"{setup.network.name} {rules.bits}"
-  note = "+: both. Evaluated on images that are used for nothing else."
-  tables = (
-    Table(f"Calibration of {what}: top-1 (%)", tuple(METHODS), COLUMNS, note=note),
-    Table(f"Calibration of {what}: KL from the float network", tuple(METHODS), COLUMNS, unit=_NATS_OF_ALL, note=note),
-  )
+  shown = tables(f"Calibration of {setup.network.name} {rules.bits}", tuple(METHODS), COLUMNS, "+: both.")
   return Study(
-    tables=tables,
+    tables=shown,
     plan=work.plan,
-    protocol={
-      "data used": "column real: real images; the others: none, images come from the network itself",
-      "evaluation images": f"{len(evaluation)} of {short_name(evaluation)}; used for nothing else",
-    },
+    protocol=protocol(evaluation),
     describe=work.describe,
-    report=work.report,
+    report=lambda workspace, results: report(workspace, evaluation, results, shown[0]),
     need=setup.need([setup.config("bns")], distills=False),
   )
-
-
-_NATS_OF_ALL = dict.fromkeys(COLUMNS, _NATS)
 
 
 def main(args: Sequence[str] | None = None) -> int:

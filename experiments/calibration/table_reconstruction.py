@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from experiments._harness.launch import relaunch_with_huge_pages
 
@@ -34,15 +34,14 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from experiments._harness.distilled import float_score
+from experiments._harness.distilled import quantization_rules
 from experiments._harness.image_sets import Source, digest, identity, short_name, synthesized
 from experiments._harness.study import Cell, CellPlan, Setup, Study, StudyOptions, run
-from experiments._harness.study_report import top1_results
-from experiments._harness.tables import Results, Table
-from experiments.calibration.scored import scored, with_draws
+from experiments._harness.tables import Table
+from experiments.calibration.scored import protocol, report, scored, tables, value_in, with_draws
 from kwjax.cli.arguments import parse
 from kwjax.cli.command import run_command
-from kwjax.cli.options import ByPreset
+from kwjax.cli.options import ByPreset, overrides_of
 from kwjax.compression import student
 from kwjax.compression.workspace import (
   CALIBRATION_KEY,
@@ -54,17 +53,38 @@ from kwjax.compression.workspace import (
   stream_key,
 )
 from kwjax.distillation import DistillConfig
-from kwjax.errors import KwjaxError
 from kwjax.quantization import QuantizedNetwork, QuantRules
-from kwjax.quantization.methods import BEST
+from kwjax.quantization.methods import BEST, Correction
 from kwjax.reconstruction import ReconstructConfig
 from kwjax.runtime import cost
 from kwjax.runtime.data import ImageData
 
-ROWS = ("ranges", "means", "moments", "reconstructed", "reconstructed+means", "fine-tuned", "reconstructed+fine-tuned")
+
+class Steps(NamedTuple):
+  """What a row does behind the ranges, in this order.
+
+  Attributes:
+    reconstructs: block by block.
+    correction: of the moments.
+    tunes: by SGD.
+  """
+
+  reconstructs: bool = False
+  correction: Correction = "none"
+  tunes: bool = False
+
+
+STEPS: Mapping[str, Steps] = {
+  "ranges": Steps(),
+  "means": Steps(correction="means"),
+  "moments": Steps(correction="moments"),
+  "reconstructed": Steps(reconstructs=True),
+  "reconstructed+means": Steps(reconstructs=True, correction="means"),
+  "fine-tuned": Steps(correction="moments", tunes=True),
+  "reconstructed+fine-tuned": Steps(reconstructs=True, tunes=True),
+}
 SWING = "bns+swing"
 COLUMNS = (REAL, "bns", SWING, GAUSSIAN)
-_NATS = "nats"
 _FEW_ITERATIONS, _FEW_ROWS = 100, 8  # of a network on large images, for which the presets have no reconstruction
 
 
@@ -78,8 +98,8 @@ class Options(StudyOptions):
   """Precision of the first convolution and of the classifier; `none` treats them like the rest."""
   weight_scheme: Literal["auto", "integer", "affine", "affine0", "sym", "symfull", "midrise"] = "integer"
   """Grid of the weights; auto: affine from 4 bits on, which has no integer form."""
-  override: tuple[str, ...] = ()
-  """Bits of some layers: PATTERN=#w#a, such as 1x1=8w8a."""
+  overrides: tuple[str, ...] = ()
+  """Exceptions to --bits, each PATTERN=BITS: a layer path, a regular expression, or `1x1` (1x1=8w8a)."""
   reconstruct_iterations: ByPreset = None
   """Iterations a block."""
   reconstruct_batch_size: ByPreset = None
@@ -112,27 +132,27 @@ class _Work:
     """How one cell is measured."""
     source, chosen = self.source(column), self.setup.chosen
     rules = BEST.applied(self.rules)
-    reconstructs, tunes = "reconstructed" in row, "fine-tuned" in row
+    row_steps = STEPS[row]
     settings = {
       "source": source.settings,
       "rules": rules.to_json(),
       "calibration": [chosen.images, chosen.calibration_steps, chosen.calibration_batch],
-      "reconstruction": self.config.to_json() if reconstructs else None,
-      "distillation": self.tuning(column).to_json() if tunes else None,
+      "reconstruction": self.config.to_json() if row_steps.reconstructs else None,
+      "distillation": self.tuning(column).to_json() if row_steps.tunes else None,
       "evaluation": identity(self.evaluation),
     }
-    steps = f", {self.config.iterations} iterations of {self.config.batch_size} a block" if reconstructs else ""
-    steps += f", {self.tuning(column).steps} steps of {self.tuning(column).batch_size}" if tunes else ""
-    protocol = f"{rules.describe()}; {row}{steps}; {source.description}; "
-    protocol += f"{len(self.evaluation)} images of {short_name(self.evaluation)}"
-    value = "kl" if table.unit_of(column) == _NATS else "top1"
+    how = f", {self.config.iterations} iterations of {self.config.batch_size} a block" if row_steps.reconstructs else ""
+    how += f", {self.tuning(column).steps} steps of {self.tuning(column).batch_size}" if row_steps.tunes else ""
+    described = f"{rules.describe()}; {row}{how}; {source.description}; "
+    described += f"{len(self.evaluation)} images of {short_name(self.evaluation)}"
+    value = value_in(table, column)
 
     def compute(workspace: Workspace, seed: int) -> Mapping[str, Any]:
       name = f"steps/{digest([row, column, settings])}-seed{seed}"
       found = workspace.results.once(name, lambda: self._measure(workspace, source, row, column, seed))
       return {"value": found[value], "count": len(self.evaluation), "images": found["images"]}
 
-    return CellPlan(settings, protocol, compute)
+    return CellPlan(settings, described, compute)
 
   def _measure(self, workspace: Workspace, source: Source, row: str, column: str, seed: int) -> dict[str, Any]:
     images = source.images(workspace, seed)[: self.setup.chosen.images]
@@ -145,18 +165,15 @@ class _Work:
       key=stream_key(seed, CALIBRATION_KEY),
       description=source.name,
     )
-    reconstructs, tunes = "reconstructed" in row, "fine-tuned" in row
-    if reconstructs:
+    steps = STEPS[row]
+    if steps.reconstructs:
       key = stream_key(seed, RECONSTRUCT_KEY)
       # Three rows go on from it, so it is kept beside their own folders.
       name = digest([source.settings, made.rules.to_json(), self.config.to_json(), seed])
       kept = workspace._replace(scratch=workspace.folder / "reconstructions")
       made, _ = student.reconstructed(kept, made, images, self.config, key=key, name=name)
-    if row in ("means", "moments", "fine-tuned"):
-      made = student.corrected(workspace, made, images, "means" if row == "means" else "moments")
-    if row == "reconstructed+means":
-      made = student.corrected(workspace, made, images, "means")
-    if tunes:
+    made = student.corrected(workspace, made, images, steps.correction)
+    if steps.tunes:
       made = student.fine_tuned(workspace, made, images, self.tuning(column), key=stream_key(seed, DISTILL_KEY))
     return {**scored(workspace, made, self.evaluation, self.logits), "images": len(images)}
 
@@ -165,8 +182,8 @@ class _Work:
     chosen, config = self.setup.chosen, self.setup.config("bns")
     made = {(cell.column, cell.seed) for cell in cells if cell.column not in (REAL, GAUSSIAN)}
     students = {(cell.row, cell.column, cell.seed) for cell in cells}
-    tuned = sum("fine-tuned" in row for row, _, _ in students)
-    blocks = len({(column, seed) for row, column, seed in students if "reconstructed" in row})
+    tuned = sum(STEPS[row].tunes for row, _, _ in students)
+    blocks = len({(column, seed) for row, column, seed in students if STEPS[row].reconstructs})
     lines = (
       f"images        {len(made)} sets of {chosen.images}, {config.steps} steps a batch; {tuned} fine-tunings of "
       f"{chosen.distill_steps} steps; {blocks} reconstructions of {self.config.iterations} iterations a block\n"
@@ -180,58 +197,31 @@ class _Work:
       evaluated=len(students) * (len(self.evaluation) + 2 * chosen.images),
     )
 
-  def report(self, workspace: Workspace, results: Mapping[str, Results]) -> Mapping[str, Any]:
-    """Keys of report.json beside the tables."""
-    title = next(iter(results))
-    table = Table(title, ROWS, COLUMNS)
-    return {
-      "float": float_score(workspace, self.evaluation),
-      "calibrated": top1_results(table, results[title], {column: column for column in COLUMNS}),
-    }
-
-
-def _overrides(texts: Sequence[str]) -> dict[str, str]:
-  found = {}
-  for text in texts:
-    pattern, equals, bits = text.rpartition("=")
-    if not equals or not pattern:
-      raise KwjaxError(f"--override takes PATTERN=#w#a, such as 1x1=8w8a, found {text!r}")
-    found[pattern] = bits
-  return found
-
 
 def build(setup: Setup) -> Study:
   """The study for the network of the command line."""
   options, evaluation = setup.options, setup.labelled()
   assert isinstance(options, Options)
-  rules = QuantRules.parse(
+  rules = quantization_rules(
+    setup,
     options.bits,
-    first_last=None if options.first_last == "none" else options.first_last,
+    options.first_last,
     weights=options.weight_scheme,
-    overrides=_overrides(options.override),
+    overrides=overrides_of(options.overrides),
   )
-  rules.resolve(setup.network)
   chosen = setup.chosen
   iterations = options.reconstruct_iterations or chosen.reconstruct_iterations or _FEW_ITERATIONS
   batch_size = options.reconstruct_batch_size or (
     chosen.reconstruct_batch_size if chosen.reconstruct_iterations else _FEW_ROWS
   )
   work = _Work(setup, evaluation, rules, ReconstructConfig(iterations=iterations, batch_size=batch_size))
-  what = f"{setup.network.name} {rules.bits}"
-  note = "+: one after the other. Evaluated on images that are used for nothing else."
-  tables = (
-    Table(f"Steps to {what}: top-1 (%)", ROWS, COLUMNS, note=note),
-    Table(f"Steps to {what}: KL from the float network", ROWS, COLUMNS, unit=dict.fromkeys(COLUMNS, _NATS), note=note),
-  )
+  shown = tables(f"Steps to {setup.network.name} {rules.bits}", tuple(STEPS), COLUMNS, "+: one after the other.")
   return Study(
-    tables=tables,
+    tables=shown,
     plan=work.plan,
-    protocol={
-      "data used": "column real: real images; the others: none, images come from the network itself",
-      "evaluation images": f"{len(evaluation)} of {short_name(evaluation)}; used for nothing else",
-    },
+    protocol=protocol(evaluation),
     describe=work.describe,
-    report=work.report,
+    report=lambda workspace, results: report(workspace, evaluation, results, shown[0]),
     need=setup.need([setup.config("bns")], distills=True),
   )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kwjax.batchnorm import OUTLIER_NATS, Moments, bns_loss, gaussian_kl, observe, reference_moments
+from kwjax.batchnorm import OUTLIER_NATS, Moments, bns_loss, gaussian_kl, observe, reference_moments, trimmed_jkl
 from kwjax.batchnorm.moments import Pooled, merge_layers, over_processes
 from kwjax.errors import DataError
 from kwjax.network import Network
@@ -46,9 +46,12 @@ class Similarity:
 
   def trimmed(self) -> float:
     """J_KL without the outliers, see `kwjax.batchnorm.trimmed_jkl`; NaN if no channel is left."""
-    kept = [values[values <= OUTLIER_NATS] for values in self.per_layer.values()]
-    means = [float(np.mean(values)) for values in kept if values.size]
-    return float(np.mean(means)) if means else float("nan")
+    return float(trimmed_jkl({name: jnp.asarray(values) for name, values in self.per_layer.items()}))
+
+
+def owned_by_outliers(jkl: float, trimmed: float) -> bool:
+  """Whether J_KL says little of most channels: more than a tenth of it is of the outliers."""
+  return trimmed < 0.9 * jkl
 
 
 def measure(

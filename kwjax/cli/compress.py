@@ -61,10 +61,13 @@ def run(options: Options, *, name: str, default: str | None) -> int:
   names = class_names(options, network)
   folder = run_folder(name, options, network)
   trained = chosen.distill_batch_size if chosen.distill_steps else 0
-  need = memory_need(network, config, images=chosen.images + chosen.held_out, trained=trained, devices=group.size)
+  images = chosen.images * options.views + chosen.held_out
+  need = memory_need(network, config, images=images, trained=trained, devices=group.size)
   if options.dry_run and processes.is_main():
     labelled = len(eval_data) if eval_data else 0
-    print(dry_run.describe(network, config, chosen, tuple(rules), folder, labelled=labelled, need=need))
+    print(
+      dry_run.describe(network, config, chosen, tuple(rules), folder, views=options.views, labelled=labelled, need=need)
+    )
   memory.check(need, group.local.devices, remedy=REMEDY)
   if options.dry_run:
     return 0
@@ -90,11 +93,11 @@ def run(options: Options, *, name: str, default: str | None) -> int:
         scheme=options.scheme,
         calibration=method,
         first_last=options.first_last_bits(),
-        overrides=overrides_of(options),
+        overrides=overrides_of(options.overrides),
         weights=weight_scheme_of(options),
         num_images=chosen.images,
         held_out=chosen.held_out,
-        views=chosen.views,
+        views=options.views,
         config=config,
         reconstruct=reconstruction_of(chosen),
         finetune=fine_tuning_of(options, chosen),

@@ -12,6 +12,7 @@ import numpy as np
 from kwjax.analysis import figures
 from kwjax.analysis.class_balance import class_balance, class_labels
 from kwjax.analysis.scoring import Score, is_closer
+from kwjax.analysis.similarity import owned_by_outliers
 from kwjax.batchnorm import OUTLIER_NATS
 from kwjax.cli.options import Options
 from kwjax.compression import Compressed
@@ -94,8 +95,7 @@ def build(job: Facts) -> dict[str, Any]:
     "jkl": {
       "start": similar.get("start", {}).get("jkl"),
       "final": similar.get(scheme, {}).get("jkl"),
-      "start_trimmed": similar.get("start", {}).get("trimmed"),
-      "final_trimmed": similar.get(scheme, {}).get("trimmed"),
+      **_trimmed(similar.get("start"), similar.get(scheme)),
       "per_layer": similar.get(scheme, {}).get("per_layer"),
       "sets": job.similarity,
     },
@@ -136,6 +136,13 @@ def _classes(job: Facts) -> dict[str, Any]:
     "confidence": float(np.mean(job.answers["confidences"])),
     "aimed": found.aimed,
   }
+
+
+def _trimmed(start: Mapping[str, Any] | None, final: Mapping[str, Any] | None) -> dict[str, float]:
+  """J_KL without outliers, where they have a part of it worth mentioning."""
+  if not start or not final or not owned_by_outliers(final["jkl"], final["trimmed"]):
+    return {}
+  return {"start_trimmed": start["trimmed"], "final_trimmed": final["trimmed"]}
 
 
 def notes_of(bits: str, before: Score, tuned: Score | None) -> list[str]:
@@ -263,7 +270,7 @@ def draw(folder: pathlib.Path, job: Facts) -> dict[str, Picture]:
   }
   if "jkl" in samples.history and samples.history["jkl"].shape[1] > 1:
     curve, trimmed = (samples.history[name].mean(0) for name in ("jkl", "jkl_trimmed"))
-    has_outliers, kind = trimmed[-1] < 0.9 * curve[-1], "jkl"
+    has_outliers, kind = owned_by_outliers(curve[-1], trimmed[-1]), "jkl"
     if has_outliers:
       curve, kind = trimmed, "trimmed"
     references = {name: entry[kind] for name, entry in (similarity or {}).items() if name in ("gaussian", "real")}
@@ -271,7 +278,7 @@ def draw(folder: pathlib.Path, job: Facts) -> dict[str, Picture]:
       figures.jkl_curve({scheme: (np.arange(len(curve)), curve)}, folder / "jkl.png", references=references),
       "Mean over the batches, of the augmented images that the network saw; lower is nearer to the training data. "
       + (f"Dashed: {' and '.join(references)} images. " if references else "")
-      + (f"Channels above {OUTLIER_NATS:.0f} nats, which hardly ever fire, are left out." if has_outliers else ""),
+      + (f"Outliers, channels above {OUTLIER_NATS:.0f} nats, are left out." if has_outliers else ""),
       "jkl",
     )
   if similarity:

@@ -22,6 +22,7 @@ def describe(
   bits: tuple[str, ...],
   folder: pathlib.Path,
   *,
+  views: int,
   labelled: int,
   need: Need,
 ) -> str:
@@ -33,15 +34,15 @@ def describe(
   runs = 2 * len(bits)
   # The float network and every student, the fine-tuned one among them, see each image once.
   seen = 3 * images + (images - chosen.images + labelled) * (runs + 2)
-  evaluation = forward * (seen + 2 * len(bits) * chosen.images * (chosen.views - 1))
+  evaluation = forward * (seen + 2 * len(bits) * chosen.images * (views - 1))
   distillation = chosen.distill_steps * chosen.distill_batch_size * 4 * forward
   rebuilt = (
     [text for text in bits if min(n or 32 for n in Bits.parse(text)) < 8] if chosen.reconstruct_iterations else []
   )
   # Forward and backward of the float prefix's unit and the quantized one, and the passes that collect features.
   iterations = chosen.reconstruct_iterations * chosen.reconstruct_batch_size
-  reconstruction = len(rebuilt) * forward * (3 * iterations + 4 * chosen.images * chosen.views)
-  views = f" ({chosen.views} views)" if chosen.views > 1 and config.is_optimized else ""
+  reconstruction = len(rebuilt) * forward * (3 * iterations + 4 * chosen.images * views)
+  each = f" ({views} views)" if views > 1 else ""
   rate = matmul_rate()
   total = synthesis + evaluation + reconstruction + distillation
   return "\n".join(
@@ -50,7 +51,7 @@ def describe(
       f"synthesis     {images} {config.scheme} images ({chosen.images} to use, the rest held out), batches of up to "
       f"{config.batch_size}, {config.steps} steps on {config.duplicates} {'view' if config.duplicates == 1 else 'views'} "
       f"of each: {synthesis / 1e12:.2f} T operations",
-      f"calibration   {', '.join(bits)} with {config.scheme}{views} and gaussian images; agreement and accuracy on "
+      f"calibration   {', '.join(bits)} with {config.scheme}{each} and gaussian images; agreement and accuracy on "
       f"{images - chosen.images} held-out and {labelled} labelled images: {evaluation / 1e12:.2f} T operations",
       f"reconstruct   {', '.join(rebuilt) or 'nothing'}: {chosen.reconstruct_iterations} iterations of "
       f"{chosen.reconstruct_batch_size} images a block: {reconstruction / 1e12:.2f} T operations",

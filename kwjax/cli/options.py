@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -62,9 +63,9 @@ class Options:
   """Distinct images to synthesize for calibration and fine-tuning."""
   held_out: ByPreset = None
   """Images to synthesize beside them, on which only the agreement with the float network is measured."""
-  views: ByPreset = None
-  """Views of each synthetic image that calibrate and reconstruct, drawn as in its synthesis; the image is the first. More than
-  the default, 1, help some networks and harm others."""
+  views: int = 1
+  """Views of each synthetic image that calibrate and reconstruct. They are drawn as in the synthesis; the first is the image
+  itself. More than one help some networks and harm others."""
   steps: ByPreset = None
   """Optimization steps a batch."""
   batch_size: ByPreset = None
@@ -134,6 +135,8 @@ def check_numbers(options: Options) -> None:
     raise KwjaxError(f"--checkpoint-seconds must be a number of at least 0, found {options.checkpoint_seconds}")
   if options.checkpoint_steps < 1:
     raise KwjaxError(f"--checkpoint-steps must be at least 1, found {options.checkpoint_steps}")
+  if options.views < 1:
+    raise KwjaxError(f"--views must be at least 1, found {options.views}")
   rate = options.distill_learning_rate
   if rate is not None and not 0 < rate < math.inf:
     raise KwjaxError(f"--distill-learning-rate must be a positive number, found {rate}")
@@ -214,14 +217,14 @@ def method_of(options: Options, chosen: Sizes | None = None) -> Method:
   return METHODS[calibration_of(options)]._replace(**{name: v for name, v in given.items() if v is not None})
 
 
-def overrides_of(options: Options) -> list[tuple[str, str]]:
-  """--overrides as pairs of a pattern and bits.
+def overrides_of(texts: Sequence[str]) -> list[tuple[str, str]]:
+  """The texts of --overrides as pairs of a pattern and bits.
 
   Raises:
     KwjaxError: one does not have that form.
   """
   found = []
-  for text in options.overrides:
+  for text in texts:
     pattern, separator, bits = text.rpartition("=")
     if not separator:
       raise KwjaxError(f"--overrides takes PATTERN=BITS such as 1x1=8w8a, found {text!r}")
@@ -240,7 +243,7 @@ def rules_of(options: Options, network: Network) -> dict[str, QuantRules]:
     options.bits,
     method=method_of(options),
     first_last=options.first_last_bits(),
-    overrides=overrides_of(options),
+    overrides=overrides_of(options.overrides),
     weights=weight_scheme_of(options),
   )
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from kwjax.analysis.scoring import Score, is_closer
+from kwjax.analysis.similarity import owned_by_outliers
 from kwjax.batchnorm import OUTLIER_NATS
 from kwjax.distillation import DistillConfig
 from kwjax.network import Network
@@ -55,10 +56,10 @@ def about_images(samples: SampleSet, config: SynthesisConfig | None, used: int, 
     curve, trimmed = (samples.history[name].mean(0) for name in ("jkl", "jkl_trimmed"))
     numbers |= {"jkl_start": float(curve[0]), "jkl_end": float(curve[-1])}
     reason += f" J_KL went from {curve[0]:.3g} to {curve[-1]:.3g} in {len(curve)} steps"
-    if trimmed[-1] < 0.9 * curve[-1]:
+    if owned_by_outliers(curve[-1], trimmed[-1]):
       numbers |= {"jkl_trimmed_start": float(trimmed[0]), "jkl_trimmed_end": float(trimmed[-1])}
       kept = f"from {trimmed[0]:.3g} to {trimmed[-1]:.3g}"
-      reason += f"; without channels above {OUTLIER_NATS:.0f} nats, which hardly ever fire, {kept}"
+      reason += f"; without outliers (channels above {OUTLIER_NATS:.0f} nats) {kept}"
     reason += "."
   return Decision("images", choice, reason, numbers)
 

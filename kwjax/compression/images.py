@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from kwjax.analysis.similarity import measure
-from kwjax.batchnorm import INPUT
+from kwjax.batchnorm import INPUT, OUTLIER_NATS
 from kwjax.compression import event_log
 from kwjax.compression.workspace import Workspace
 from kwjax.errors import NoBatchNormError
@@ -72,6 +72,7 @@ def similarity(workspace: Workspace, images: np.ndarray | jax.Array) -> dict[str
     "trimmed": found.trimmed(),
     "outliers": found.outliers(),
     "channels": found.channels(),
+    "outlier_nats": OUTLIER_NATS,
     "per_layer": layers,
     "count": found.count,
   }

@@ -69,7 +69,13 @@ class Plan(NamedTuple):
   def need(self, network: Network, devices: int) -> memory.Need:
     """Memory at the peak."""
     trained = self.finetune.batch_size if self.finetune.steps else 0
-    return memory_need(network, self.config, images=self.total, trained=trained or 0, devices=devices)
+    return memory_need(
+      network,
+      self.config,
+      images=self.total + self.num_images * (self.views - 1),
+      trained=trained or 0,
+      devices=devices,
+    )
 
   def settings(self, network: Network) -> dict[str, Any]:
     """Everything that the result depends on, JSON-able."""
@@ -108,7 +114,7 @@ def make_plan(
   weights: str | None,
   num_images: int | None,
   held_out: int | None,
-  views: int | None,
+  views: int,
   config: SynthesisConfig | None,
   reconstruct: bool | ReconstructConfig,
   finetune: bool | FineTuning | DistillConfig,
@@ -142,8 +148,11 @@ def make_plan(
     config = config or synthesis_config(network, scheme, chosen)
     if config.scheme != scheme:
       raise KwjaxError(f"config is of the scheme {config.scheme!r}, but scheme is {scheme!r}")
-  # Images that were given, and noise, were not made to have the right statistics in other views.
-  has_views = config is not None and config.is_optimized and not config.augmentation.is_identity
+  if views > 1 and (config is None or not config.is_optimized or config.augmentation.is_identity):
+    # Nothing has given their other views the right statistics.
+    raise KwjaxError(
+      f"views takes images that are synthesized under an augmentation: found {views} views of {scheme} images"
+    )
   if reconstruct is True:
     iterations, size = chosen.reconstruct_iterations, chosen.reconstruct_batch_size
     reconstruct = iterations > 0 and ReconstructConfig(iterations=iterations, batch_size=size)
@@ -159,7 +168,7 @@ def make_plan(
     given=given,
     num_images=num_images,
     total=total,
-    views=(chosen.views if views is None else views) if has_views else 1,
+    views=views,
     rules=rules,
     method=method,
     reconstruct=reconstruct or None,

@@ -100,7 +100,7 @@ def compress(
   weights: str | None = None,
   num_images: int | None = None,
   held_out: int | None = None,
-  views: int | None = None,
+  views: int = 1,
   config: SynthesisConfig | None = None,
   reconstruct: bool | ReconstructConfig = True,
   finetune: bool | FineTuning | DistillConfig = True,
@@ -138,8 +138,8 @@ def compress(
       quarters of an array.
     held_out: images beside them, for the agreement with the float network alone. Default: 128 or 24; at most a quarter
       of given ones.
-    views: of each synthetic image that calibrate and reconstruct, drawn as in the synthesis; the image is the first.
-      Default: 1; more help some networks and harm others.
+    views: of each synthetic image that calibrate and reconstruct, drawn as in the synthesis; the image is the first. More
+      than one help some networks and harm others.
     config: of the synthesis. Default: what suits the size of the images.
     reconstruct: whether and how precisions below 8 bits are reconstructed. True: up to 64 pixels; beyond, it
       takes longer than all other steps together.

@@ -34,7 +34,6 @@ class Sizes:
     calibration_batch: images in each of them.
     reconstruct_iterations: iterations of each unit of the reconstruction; 0: there is none.
     reconstruct_batch_size: images in each of them.
-    views: of each synthetic image, drawn as in its synthesis, that calibrate and reconstruct; the image itself is the first.
   """
 
   images: int
@@ -48,18 +47,17 @@ class Sizes:
   calibration_batch: int
   reconstruct_iterations: int
   reconstruct_batch_size: int
-  views: int
 
 
 _PRESETS: dict[tuple[str, bool], Sizes] = {
   # (preset, whether images are small): CIFAR-sized networks and ImageNet-sized ones
-  ("cpu", True): Sizes(384, 128, 120, 128, 1, 120, 64, 200, 256, 150, 32, 1),
+  ("cpu", True): Sizes(384, 128, 120, 128, 1, 120, 64, 200, 256, 150, 32),
   # A reconstruction of large images would take longer than all other steps together.
-  ("cpu", False): Sizes(40, 24, 60, 32, 1, 40, 16, 200, 256, 0, 8, 1),
-  (PUBLISHED, True): Sizes(500, 125, 1000, 800, 4, 16000, 256, 200, 256, 0, 32, 1),
-  (PUBLISHED, False): Sizes(10000, 2500, 1000, 80, 4, 44000, 256, 200, 256, 0, 32, 1),
-  ("smoke", True): Sizes(8, 2, 3, 10, 1, 2, 4, 2, 16, 2, 4, 1),
-  ("smoke", False): Sizes(3, 1, 2, 4, 1, 1, 2, 2, 16, 2, 2, 2),
+  ("cpu", False): Sizes(40, 24, 60, 32, 1, 40, 16, 200, 256, 0, 8),
+  (PUBLISHED, True): Sizes(500, 125, 1000, 800, 4, 16000, 256, 200, 256, 0, 32),
+  (PUBLISHED, False): Sizes(10000, 2500, 1000, 80, 4, 44000, 256, 200, 256, 0, 32),
+  ("smoke", True): Sizes(8, 2, 3, 10, 1, 2, 4, 2, 16, 2, 4),
+  ("smoke", False): Sizes(3, 1, 2, 4, 1, 1, 2, 2, 16, 2, 2),
 }
 
 

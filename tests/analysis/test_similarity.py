@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kwjax.analysis.similarity import measure
-from kwjax.batchnorm import observe, reference_moments, trimmed_jkl
+from kwjax.analysis.similarity import measure, owned_by_outliers
+from kwjax.batchnorm import gaussian_kl, observe, reference_moments, trimmed_jkl
 from kwjax.errors import DataError, Interrupted, NoBatchNormError
 from kwjax.network import Network
 from kwjax.synthesis import Augmentation, augment
@@ -84,7 +84,10 @@ def test_a_few_channels_that_hardly_fire_do_not_own_the_trimmed_value() -> None:
   by_hand = (honest.per_layer["bn0"].mean(dtype=np.float64) + others.mean(dtype=np.float64)) / 2
   assert found.trimmed() == pytest.approx(by_hand, rel=1e-4)
   reference, (_, measured) = reference_moments(network), observe(network, x)
-  assert float(jax.jit(trimmed_jkl)(reference, measured)) == pytest.approx(by_hand, rel=1e-4)
+  divergences = {name: gaussian_kl(reference[name], measured[name]) for name in reference}
+  assert float(jax.jit(trimmed_jkl)(divergences)) == pytest.approx(by_hand, rel=1e-4)
+  assert not owned_by_outliers(float(honest.jkl), honest.trimmed())
+  assert owned_by_outliers(float(found.jkl), found.trimmed())
 
 
 def test_nothing_to_measure_is_refused() -> None:

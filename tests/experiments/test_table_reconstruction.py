@@ -60,7 +60,7 @@ def test_every_cell_has_settings_of_its_own(data: pathlib.Path) -> None:
   setup = load(options, network, device_group(1), sizes(options.main_job(), network))
   study = table_reconstruction.build(setup)
   cells, left_out = choose(study, options)
-  count = 2 * len(table_reconstruction.ROWS) * len(table_reconstruction.COLUMNS)
+  count = 2 * len(table_reconstruction.STEPS) * len(table_reconstruction.COLUMNS)
   assert len({cell.folder for cell in cells}) == len(cells) == count
   assert len({cell.plan.protocol for cell in cells}) == count // 2
   assert not left_out
@@ -69,7 +69,7 @@ def test_every_cell_has_settings_of_its_own(data: pathlib.Path) -> None:
 
 
 def test_a_bad_override_is_refused(data: pathlib.Path) -> None:
-  options = table_reconstruction.Options(eval_data=f"{data}:test", preset="smoke", override=("1x1",))
+  options = table_reconstruction.Options(eval_data=f"{data}:test", preset="smoke", overrides=("1x1",))
   setup = load(options, tiny_network(), device_group(1), sizes(options.main_job(), tiny_network()))
-  with pytest.raises(KwjaxError, match=r"--override takes PATTERN=#w#a, such as 1x1=8w8a, found '1x1'"):
+  with pytest.raises(KwjaxError, match=r"--overrides takes PATTERN=BITS such as 1x1=8w8a, found '1x1'"):
     table_reconstruction.build(setup)

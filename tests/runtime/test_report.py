@@ -165,7 +165,14 @@ def test_the_page_shows_the_numbers_with_their_intervals(tmp_path: pathlib.Path)
 
 
 def test_channels_that_own_the_divergence_are_named_beside_it(tmp_path: pathlib.Path) -> None:
-  of_all = {"jkl": 20.3, "without_input": 20.7, "trimmed": 0.11, "outliers": 27, "channels": 21008}
+  of_all = {
+    "jkl": 20.3,
+    "without_input": 20.7,
+    "trimmed": 0.11,
+    "outliers": 27,
+    "channels": 21008,
+    "outlier_nats": 10.0,
+  }
   jkl = {
     "start": 3773.0,
     "final": 20.3,
@@ -176,8 +183,15 @@ def test_channels_that_own_the_divergence_are_named_beside_it(tmp_path: pathlib.
   }
   write_report({**_report(), "jkl": jkl}, tmp_path)
   page = _page(tmp_path)
-  shown = "went from 0.5 to 0.11 (from 3773 to 20.3 with a few channels that hardly ever fire)"
+  shown = "went from 0.5 to 0.11 without outliers (from 3773 to 20.3 with them)"
   assert f"J_KL of the synthesised images {shown}" in page.data
+  assert [
+    "images",
+    "J_KL (nats)",
+    "without input",
+    "without outliers",
+    "outliers (channels above 10 nats)",
+  ] in page.rows
   assert ["bns", "20.3", "20.7", "0.11", "27 of 21,008"] in page.rows
 
 

@@ -117,11 +117,10 @@ def summary(report: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str
     parts.append(f"the quantized networks agree with the float network on held-out images: {', '.join(agreeing)}")
   jkl = report["jkl"] or {}
   if jkl.get("start") is not None and jkl.get("final") is not None:
-    start, final = jkl["start"], jkl["final"]
-    low, high = jkl.get("final_trimmed"), jkl.get("start_trimmed")
-    shown = f"from {number(start)} to {number(final)}"
-    if low is not None and high is not None and low < 0.9 * final:
-      shown = f"from {number(high)} to {number(low)} ({shown} with a few channels that hardly ever fire)"
+    shown = f"from {number(jkl['start'])} to {number(jkl['final'])}"
+    if jkl.get("start_trimmed") is not None and jkl.get("final_trimmed") is not None:
+      without = f"from {number(jkl['start_trimmed'])} to {number(jkl['final_trimmed'])}"
+      shown = f"{without} without outliers ({shown} with them)"
     parts.append(f"J_KL of the synthesised images went {shown}")
   synthesis = report["synthesis"] or {}
   if synthesis.get("images") is not None:
@@ -275,7 +274,8 @@ def _similarity_row(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
   if entry.get("outliers") is None:
     return row
   outliers = f"{entry['outliers']:,} of {entry['channels']:,}"
-  return {**row, "without outliers": entry["trimmed"], "outliers (channels above 10 nats)": outliers}
+  column = f"outliers (channels above {number(entry['outlier_nats'])} nats)"
+  return {**row, "without outliers": entry["trimmed"], column: outliers}
 
 
 def _as_mapping(value: Any) -> dict[str, Any]:
