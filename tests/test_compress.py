@@ -234,8 +234,14 @@ CONFIG = kwjax.SynthesisConfig.for_network("inception", 8)
     ({"overrides": {"layer9": "8w8a"}}, "layer9"),
     ({"num_images": 0}, "num_images must be at least 1, found 0"),
     ({"views": 0}, "views must be at least 1, found 0"),
-    ({"views": 2, "scheme": "gaussian"}, "synthesized under an augmentation: found 2 views of gaussian images"),
-    ({"views": 2, "images": IMAGES}, "synthesized under an augmentation: found 2 views of given images"),
+    (
+      {"views": 2, "scheme": "gaussian"},
+      "synthesized with an augmentation, and gaussian images are not",
+    ),
+    (
+      {"views": 2, "images": IMAGES},
+      "synthesized with an augmentation, and given images are not",
+    ),
     ({"held_out": -1}, "held_out must be at least 0, found -1"),
     ({"config": CONFIG}, "config is of the scheme 'inception', but scheme is 'bns'"),
     ({"images": IMAGES, "config": CONFIG}, "images are given"),

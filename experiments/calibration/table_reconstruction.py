@@ -1,23 +1,32 @@
-"""What each step towards 4 and 2 bits brings, and with which images: ranges, corrections, block reconstruction, fine-tuning.
+"""What each step towards few bits brings, and with which images: ranges, corrections, block reconstruction, fine-tuning.
 
     python -m weights_conversion --arch resnet20 --source resnet20.th --out networks/resnet20
     python -m experiments.calibration.table_reconstruction --network networks/resnet20 --bits 2w4a --first-last 4w4a \\
         --eval-data cifar10.npz:test --real-data cifar10.npz:train
     python -m experiments.calibration.table_reconstruction --eval-data imagenet_samples_500.zip --images 128
 
-The second runs on the embedded EfficientNet-Lite0 (extra `demo`).
+The last runs on the embedded EfficientNet-Lite0 (extra `demo`).
 
-Rows: `ranges`: calibrated, nothing else. `means` and `moments`: BatchNorm's means, or means and variances, are
-corrected (Nagel et al. 2019). `reconstructed`: the rounding of every weight and the range of every activation are
-chosen block by block (AdaRound, BRECQ, QDrop). `reconstructed+means`: then the means are corrected. `fine-tuned`: SGD
-on the KL from the float network, after `moments`. `reconstructed+fine-tuned`: after `reconstructed`. Columns: images
-that do all of this: real ones (a comparison; left out without --real-data), images made from BatchNorm statistics
-(`bns`), the same with swing convolutions (`bns+swing`), Gaussian noise (`gaussian`). Two tables: top-1, and KL(float ||
-quantized) on the same images.
+Rows:
 
-Published, on real images of ImageNet, first and last layer 8 bits, 20,000 iterations a block of 1,024 images: QDrop
-4w4a ResNet-18 71.06 to 69.13, MobileNetV2 72.49 to 67.83; 2w4a 64.38 and 54.29 (Wei et al. 2022). The networks and the
-data here are others.
+    ranges                    calibrated, nothing else
+    means, moments            BatchNorm's means, or means and variances, are corrected (Nagel et al. 2019)
+    reconstructed             rounding and ranges are chosen block by block (AdaRound, BRECQ, QDrop)
+    reconstructed+means       then the means are corrected
+    fine-tuned                moments, then SGD on the KL from the float network
+    reconstructed+fine-tuned  reconstructed, then the same SGD
+
+Columns:
+
+    real       real images, for comparison; left out without --real-data
+    bns        images made from BatchNorm statistics
+    bns+swing  the same with swing convolutions
+    gaussian   Gaussian noise
+
+Two tables: top-1, and KL(float || quantized) on the same images.
+
+Published for real ImageNet images, first and last layer in 8 bits, 1,024 images, 20,000 iterations a block (QDrop, Wei et al.
+2022): ResNet-18, float 71.06, has 69.13 at 4w4a and 64.38 at 2w4a; MobileNetV2, float 72.49, has 67.83 and 54.29.
 """
 
 from __future__ import annotations

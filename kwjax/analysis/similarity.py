@@ -46,7 +46,7 @@ class Similarity:
 
   def trimmed(self) -> float:
     """J_KL without the outliers, see `kwjax.batchnorm.trimmed_jkl`; NaN if no channel is left."""
-    return float(trimmed_jkl({name: jnp.asarray(values) for name, values in self.per_layer.items()}))
+    return float(jax.jit(trimmed_jkl)(self.per_layer))  # op by op each layer's size would be compiled by itself
 
 
 def owned_by_outliers(jkl: float, trimmed: float) -> bool:

@@ -64,8 +64,8 @@ class Options:
   held_out: ByPreset = None
   """Images to synthesize beside them, on which only the agreement with the float network is measured."""
   views: int = 1
-  """Views of each synthetic image that calibrate and reconstruct. They are drawn as in the synthesis; the first is the image
-  itself. More than one help some networks and harm others."""
+  """Views of each synthetic image to calibrate and reconstruct with. The first is the image itself. More are drawn as in the
+  synthesis; they help some networks and harm others."""
   steps: ByPreset = None
   """Optimization steps a batch."""
   batch_size: ByPreset = None

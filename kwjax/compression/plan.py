@@ -151,7 +151,7 @@ def make_plan(
   if views > 1 and (config is None or not config.is_optimized or config.augmentation.is_identity):
     # Nothing has given their other views the right statistics.
     raise KwjaxError(
-      f"views takes images that are synthesized under an augmentation: found {views} views of {scheme} images"
+      f"{views} views need images that are synthesized with an augmentation, and {scheme} images are not"
     )
   if reconstruct is True:
     iterations, size = chosen.reconstruct_iterations, chosen.reconstruct_batch_size

@@ -138,8 +138,8 @@ def compress(
       quarters of an array.
     held_out: images beside them, for the agreement with the float network alone. Default: 128 or 24; at most a quarter
       of given ones.
-    views: of each synthetic image that calibrate and reconstruct, drawn as in the synthesis; the image is the first. More
-      than one help some networks and harm others.
+    views: of each synthetic image to calibrate and reconstruct with. The first is the image itself. More are drawn as in the
+      synthesis; they help some networks and harm others.
     config: of the synthesis. Default: what suits the size of the images.
     reconstruct: whether and how precisions below 8 bits are reconstructed. True: up to 64 pixels; beyond, it
       takes longer than all other steps together.

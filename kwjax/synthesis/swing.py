@@ -16,9 +16,9 @@ from kwjax.network import ApplyFn, Array
 def swinging(apply: ApplyFn, key: Array) -> ApplyFn:
   """Wrap `apply` so that every convolution with a stride s > 1 sees its input shifted by a random offset.
 
-  The input is padded by s - 1 reflected pixels on every side of an axis and cropped to its size at an offset in
-  0 .. 2(s - 1). A convolution of stride 2 otherwise reads some pixels more often than others, which the image gradient shows as a
-  checkerboard. All images of a batch share the offset, on any number of devices; layers have different ones.
+  The input is padded by s - 1 reflected pixels on both sides of an axis, and cropped to its size at an offset in 0 .. 2(s - 1).
+  Without it a strided convolution reads some pixels more often than others, and the image gradient shows a checkerboard. All
+  images of a batch share an offset, on any number of devices. Each layer has its own.
 
   Args:
     apply: the network.
