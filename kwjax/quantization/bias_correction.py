@@ -14,6 +14,7 @@ from jax import lax
 
 from kwjax import intercept
 from kwjax.batchnorm import entry_weights
+from kwjax.batchnorm.normalize import feature_axis
 from kwjax.errors import KwjaxError
 from kwjax.network import ApplyFn, Array, Network, Variables
 from kwjax.quantization.extremes import check_images
@@ -63,7 +64,8 @@ def correct_bias(
   output has the float network's mean and variance: rounding also weakens the signal, most of all in deep networks.
 
   Layers are corrected in order within one forward pass of a batch, so a layer's error is measured behind corrected layers.
-  Layers with neither BatchNorm nor bias keep their error.
+  Layers with neither BatchNorm nor bias keep their error, and so do layers that are called several times: no single shift
+  suits several inputs.
 
   Args:
     quantized: the student; its weights, grids and ranges stay as they are.
@@ -80,7 +82,7 @@ def correct_bias(
 
   Raises:
     DataError: there are no images, or they do not fit the network.
-    KwjaxError: no layer has a bias or BatchNorm.
+    KwjaxError: no layer that is called once has a bias or BatchNorm.
     Interrupted: `should_stop` returned True, in any process.
 
   Source: Nagel et al. (2019), "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv:1906.04721, 4.2
@@ -120,12 +122,19 @@ def _compare(
   (quantized, reference, variance), sample = placed, _Sample(weights, axis_name)
   with jax.default_matmul_precision("highest"):
     _, mutated = recording_means(reference.forward, places, sample)(reference.variables, images)
+    recorded = intercept.collect(mutated, _MEANS)
+    once = {name: calls[0] for name, calls in recorded.items() if len(calls) == 1}
+    if not once:
+      several = ", ".join(recorded)
+      why = f"each layer with a bias or BatchNorm is called several times ({several})"
+      raise KwjaxError(f"the bias of {reference.name} cannot be corrected: {why}")
+    places = _Places(places.norms & once.keys(), places.biased & once.keys())
     # Two programs in one: XLA shall not mix them.
-    images, wanted = lax.optimization_barrier((images, _averages(intercept.collect(mutated, _MEANS))))
+    images, wanted = lax.optimization_barrier((images, once))
     _, mutated = correcting_means(quantized.forward, places, wanted, sample, variance=variance)(
       quantized.variables, images
     )
-  return _averages(intercept.collect(mutated, _SHIFTS))
+  return {name: shift for name, (shift,) in intercept.collect(mutated, _SHIFTS).items()}
 
 
 def _places(network: Network) -> _Places:
@@ -149,7 +158,7 @@ def recording_means(apply: ApplyFn, places: _Places, sample: _Sample) -> ApplyFn
   def handle(module: nn.Module, x: Array, proceed: Any) -> Any:
     name = intercept.layer_name(module)
     if name in places.norms:
-      intercept.record(module, _MEANS, _channel_moments(module, x, 1, sample))
+      intercept.record(module, _MEANS, _channel_moments(module, _channels_last(module, x), 1, sample))
       return proceed(x)
     y = proceed(x)
     intercept.record(module, _MEANS, _channel_moments(module, y, _bias_axes(module), sample))
@@ -178,6 +187,7 @@ def correcting_means(
       intercept.record(module, _SHIFTS, shift)
       return y - shift.astype(y.dtype)
     assert isinstance(module, nn.BatchNorm)
+    axis, x = feature_axis(module), _channels_last(module, x)
     found, eps = _channel_moments(module, x, 1, sample), module.epsilon
     mean: Array = module.get_variable("batch_stats", "mean")
     var: Array = module.get_variable("batch_stats", "var")
@@ -186,7 +196,7 @@ def correcting_means(
     # Running moments with which BatchNorm does to x what it did to (x - found mean) * gain + wanted mean.
     moved = found.mean - (wanted.mean - mean) / gain
     intercept.record(module, _SHIFTS, _Moments(moved, var))
-    return proceed(((x - found.mean) * gain + wanted.mean).astype(x.dtype))
+    return proceed(jnp.moveaxis(((x - found.mean) * gain + wanted.mean).astype(x.dtype), -1, axis))
 
   inner = intercept.intercept(apply, lambda module: _selected(module, places), handle)
 
@@ -199,6 +209,12 @@ def correcting_means(
 def _selected(module: nn.Module, places: _Places) -> bool:
   name = intercept.layer_name(module)
   return name in places.norms or name in places.biased
+
+
+def _channels_last(module: nn.Module, x: Array) -> Array:
+  """The input of a BatchNorm layer with its channels along the last axis."""
+  assert isinstance(module, nn.BatchNorm)
+  return jnp.moveaxis(x, feature_axis(module), -1)
 
 
 def _bias_axes(module: nn.Module) -> int:
@@ -221,11 +237,6 @@ def _channel_moments(module: nn.Module, values: Array, kept: int, sample: _Sampl
 
   mean = average(values)
   return _Moments(mean, average(jnp.square(values - mean)))
-
-
-def _averages(found: Mapping[str, list[Any]]) -> dict[str, Any]:
-  """Over the calls of a layer that is used several times, which share their moments or bias."""
-  return {name: jax.tree.map(lambda *values: sum(values) / len(values), *calls) for name, calls in found.items()}
 
 
 def _corrected(variables: Variables, found: Mapping[str, Any], places: _Places) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -99,3 +100,67 @@ def test_what_cannot_be_corrected_is_refused(make_network, network, images):
     correct_bias(copy_of(bare, images), images)
   with pytest.raises(DataError, match="takes images of shape"):
     correct_bias(copy_of(network, images), images[:, :4])
+
+
+class Recurrent(nn.Module):
+  """A convolution and a BatchNorm that are called three times, on inputs of different sizes."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    conv, norm = nn.Conv(6, (3, 3), name="conv"), nn.BatchNorm(use_running_average=not train, name="norm")
+    x = nn.Conv(6, (1, 1), name="stem")(x)
+    for i in range(3):
+      x = nn.relu(norm(conv(x)) * (i + 1))
+    return nn.Dense(4, name="head")(x.mean((1, 2)))
+
+
+def test_a_layer_that_is_called_several_times_keeps_its_error(make_network, images):
+  network = make_network(Recurrent(), (8, 8, 3))
+  copy = copy_of(network, images)
+  corrected = correct_bias(copy, images, variance=True)
+  before, after = copy.variables, corrected.variables
+  for leaf in ("mean", "var"):
+    np.testing.assert_array_equal(after["batch_stats"]["norm"][leaf], before["batch_stats"]["norm"][leaf])
+  np.testing.assert_array_equal(after["params"]["conv"]["bias"], before["params"]["conv"]["bias"])
+  assert np.abs(after["params"]["stem"]["bias"] - before["params"]["stem"]["bias"]).max() > 1e-4
+  error, left = (np.abs((logits_of(c, images) - logits_of(network, images)).mean(0)).max() for c in (copy, corrected))
+  assert left < 1e-4 < error
+
+
+class Several(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    norm = nn.BatchNorm(use_running_average=True, name="norm")
+    return nn.Dense(4, use_bias=False, name="head")(norm(norm(x)).mean((1, 2)))
+
+
+def test_nothing_but_layers_that_are_called_several_times_is_refused(make_network, images):
+  with pytest.raises(KwjaxError, match=r"each layer with a bias or BatchNorm is called several times \(norm\)"):
+    correct_bias(copy_of(make_network(Several(), (8, 8, 3)), images), images)
+
+
+class Channels(nn.Module):
+  """Two BatchNorm layers, whose channels are along `axis`."""
+
+  axis: int
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    for i, width in enumerate((4, 6)):
+      x = jnp.moveaxis(nn.Conv(width, (3, 3), use_bias=False, name=f"conv{i}")(x), -1, self.axis)
+      x = nn.relu(nn.BatchNorm(use_running_average=not train, axis=self.axis, name=f"norm{i}")(x))
+      x = jnp.moveaxis(x, self.axis, -1)
+    return nn.Dense(4, name="head")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("variance", [False, True])
+def test_channels_may_be_along_any_axis(make_network, images, variance):
+  last = make_network(Channels(-1), (8, 8, 3))
+  first = last.replace(module=Channels(1))
+  found, expected = (correct_bias(copy_of(network, images), images, variance=variance) for network in (first, last))
+  for path, value in jax.tree_util.tree_leaves_with_path(expected.variables):
+    np.testing.assert_allclose(
+      dict(jax.tree_util.tree_leaves_with_path(found.variables))[path], value, rtol=1e-5, atol=1e-6
+    )
+  moved = expected.variables["batch_stats"]["norm1"]["mean"] - last.variables["batch_stats"]["norm1"]["mean"]
+  assert np.abs(moved).max() > 1e-3
