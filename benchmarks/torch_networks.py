@@ -30,6 +30,14 @@ def import_torch() -> Any:
   return torch
 
 
+def _own_torchvision() -> Any:
+  try:
+    import torchvision
+  except ImportError as error:
+    raise KwjaxError(f"{EXTRA} ({error})") from error
+  return torchvision
+
+
 @functools.cache
 def import_torchvision() -> Any:
   """torchvision, also where its compiled operators do not fit the installed PyTorch: the networks need none of them.
@@ -38,6 +46,11 @@ def import_torchvision() -> Any:
     KwjaxError: it is not installed; names the extra.
   """
   torch = import_torch()
+  try:
+    return _own_torchvision()
+  except RuntimeError:  # its operators are not there: they are declared, and it is imported anew
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+      del sys.modules[name]
   library = torch.library.Library("torchvision", "FRAGMENT")
   for signature in (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -45,10 +58,7 @@ def import_torchvision() -> Any:
   ):
     with contextlib.suppress(RuntimeError):
       library.define(signature)
-  try:
-    import torchvision
-  except ImportError as error:
-    raise KwjaxError(f"{EXTRA} ({error})") from error
+  torchvision = _own_torchvision()
   torchvision.operators_kept_alive = library
   return torchvision
 

@@ -11,7 +11,7 @@ Rows:
 
     ranges                    calibrated, nothing else
     means, moments            BatchNorm's means, or means and variances, are corrected (Nagel et al. 2019)
-    reconstructed             rounding and ranges are chosen block by block (AdaRound, BRECQ, QDrop)
+    reconstructed             moments, then rounding and ranges are chosen block by block (AdaRound, BRECQ, QDrop)
     reconstructed+means       then the means are corrected
     fine-tuned                moments, then SGD on the KL from the float network
     reconstructed+fine-tuned  reconstructed, then the same SGD
@@ -174,14 +174,15 @@ class _Work:
       key=stream_key(seed, CALIBRATION_KEY),
       description=source.name,
     )
-    steps = STEPS[row]
+    steps, reference = STEPS[row], made.network
     if steps.reconstructs:
       key = stream_key(seed, RECONSTRUCT_KEY)
       # Three rows go on from it, so it is kept beside their own folders.
       name = digest([source.settings, made.rules.to_json(), self.config.to_json(), seed])
       kept = workspace._replace(scratch=workspace.folder / "reconstructions")
-      made, _ = student.reconstructed(kept, made, images, self.config, key=key, name=name)
-    made = student.corrected(workspace, made, images, steps.correction)
+      made = student.corrected(workspace, made, images, "moments")
+      made, _ = student.reconstructed(kept, made, images, self.config, reference=reference, key=key, name=name)
+    made = student.corrected(workspace, made, images, steps.correction, reference=reference)
     if steps.tunes:
       made = student.fine_tuned(workspace, made, images, self.tuning(column), key=stream_key(seed, DISTILL_KEY))
     return {**scored(workspace, made, self.evaluation, self.logits), "images": len(images)}

@@ -126,14 +126,16 @@ def reconstructed(
     return Reconstructed(calibrated.student, None, decisions.about_reconstruction(bits, {}, ()))
   start = time.monotonic()
   key = jax.random.fold_in(key, RECONSTRUCT_KEY)
+  # Equalized, it is another network than the workspace's.
+  reference = calibrated.plain.network
   made, reports = student.reconstructed(
-    workspace, calibrated.plain, images, config, key=key, name=f"reconstruction-{bits}"
+    workspace, calibrated.student, images, config, reference=reference, key=key, name=f"reconstruction-{bits}"
   )
   workspace.log(f"reconstructed {len(reports)} units of {bits} in {time.monotonic() - start:.0f} s")
   tried = {
     "calibrated": calibrated.student,
     "reconstructed": made,
-    "means": student.corrected(workspace, made, images, "means"),
+    "means": student.corrected(workspace, made, images, "means", reference=reference),
   }
   found = {
     name: workspace.results.once(f"tried-{bits}-after-{name}", functools.partial(scorer.divergences, candidate))

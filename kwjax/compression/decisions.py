@@ -165,12 +165,12 @@ def _about_weight_ranges(name: str, rules: QuantRules, method: Method) -> Decisi
   choice = (
     "Weight ranges of least squared error." if least_error else "Weight ranges from the least to the largest weight."
   )
-  if method.weights_range != "by-bits":
+  if method.weights_range != "by-grid":
     reason = "The method says so for all bits."
   elif least_error:
-    reason = "From 3 bits on leaving the largest weights out gains more than it loses."
+    reason = "Leaving the largest weights out gains more than it loses."
   else:
-    reason = "Below 3 bits leaving the largest weights out loses more than it gains."
+    reason = "Of four levels with one above zero, leaving the largest weights out loses more than it gains."
   return Decision(f"weight ranges of {name}", choice, reason, numbers)
 
 

@@ -114,22 +114,30 @@ def calibrated(
 
 
 def corrected(
-  workspace: Workspace, student: QuantizedNetwork, images: np.ndarray, correction: Correction
+  workspace: Workspace,
+  student: QuantizedNetwork,
+  images: np.ndarray,
+  correction: Correction,
+  *,
+  reference: Network | None = None,
 ) -> QuantizedNetwork:
   """The student with corrected moments.
 
   Args:
     workspace: where.
-    student: with the float network's moments.
+    student: to correct.
     images: f32[n,h,w,c] in [0,1].
     correction: what is corrected.
+    reference: whose moments are wanted. Default: the student's own float network, which it is only before a reconstruction.
   """
   if correction == "none":
     return student
   workspace.stop_if_asked()
   size = 128 if is_small(workspace.network) else 32
   # On one device: a mean over several is rounded otherwise, and a run must end alike wherever it goes on.
-  return correct_bias(student, images, variance=correction == "moments", batch_size=size, devices=1)
+  return correct_bias(
+    student, images, reference=reference, variance=correction == "moments", batch_size=size, devices=1
+  )
 
 
 def uncorrected(
@@ -177,6 +185,7 @@ def reconstructed(
   images: np.ndarray,
   config: ReconstructConfig,
   *,
+  reference: Network,
   key: jax.Array,
   name: str,
 ) -> tuple[QuantizedNetwork, tuple[UnitReport, ...]]:
@@ -184,9 +193,10 @@ def reconstructed(
 
   Args:
     workspace: where; its network is the float one.
-    student: calibrated.
+    student: calibrated, and corrected where that helps.
     images: f32[n,h,w,c] in [0,1].
     config: how.
+    reference: the float network that the student was made of.
     key: of everything random.
     name: of the folder that keeps finished units in `workspace.scratch`.
   """
@@ -196,7 +206,7 @@ def reconstructed(
     images,
     config,
     key=key,
-    reference=student.network,
+    reference=reference,
     workdir=None if workspace.scratch is None else workspace.scratch / name,
     devices=workspace.group,
     progress=workspace.progress,

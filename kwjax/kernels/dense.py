@@ -28,8 +28,6 @@ def dense(images: Array, kernel: Array, window: Window, precision: Any, fewer_pr
   """
   if fewer_products and precision is None and winograd.is_worthwhile(images, kernel, window):
     return winograd.convolve(images, kernel, window.padding)
-  if im2col.has_few_pixels(images, kernel, window):
-    return im2col.convolve(images, kernel, window, precision)
   return _grouped(images, kernel, window, precision)
 
 
@@ -46,8 +44,6 @@ def _backward(
   native = functools.partial(native_convolution, window=window, precision=precision)
   if precision is None and winograd.is_worthwhile(images, kernel, window):
     to_images = winograd.transposed_convolve(cotangent, kernel, window.mirrored.padding)
-  elif im2col.has_few_pixels(images, kernel, window):
-    to_images = im2col.transposed_convolve(cotangent, kernel, window, precision)
   elif window.stride == (1, 1):
     to_images = dense(cotangent, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), window.mirrored, precision, fewer_products)
   else:

@@ -1,26 +1,21 @@
-"""Convolutions as one matrix product over all their windows.
+"""The gradient of a convolution to its kernel as one matrix product over all windows.
 
-Two cases gain by it. The gradient to the kernel, which XLA makes a convolution whose window is the whole image: of a strided
-convolution, or one of few channels. And few pixels that meet a large kernel, which XLA writes anew before it starts.
+XLA makes it a convolution whose window is the whole image. Strided convolutions and those of few channels gain.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kwjax.kernels.windows import Window, pad_images, sum_over_parts, tap_of_padded
+from kwjax.kernels.windows import Window, pad_images, sum_over_parts
 
 _CACHED_PART = 1 << 20  # bytes of windows that stay near a core
 _FEW = 32  # channels or features, up to which the kernel's gradient is a product at stride 1 too
 _FEWEST_PIXELS = 400  # of an image, below which that brings nothing
-_LARGE_KERNEL = 128  # channels and features of a kernel that is large
-_LARGEST_WINDOW = 9  # positions
 
 
 def has_fast_kernel_gradient(images: Array, kernel: Array, window: Window) -> bool:
@@ -76,30 +71,3 @@ def windows_matrix(images: Array, window: Window, zero: Array | float = 0.0) -> 
   band = lax.optimization_barrier(jnp.concatenate(bands, 3))
   windows = [lax.slice_in_dim(band, j, j + (columns - 1) * right + 1, right, 2) for j in range(wide)]
   return jnp.concatenate(windows, 3).reshape(-1, wide * tall * images.shape[3])
-
-
-def has_few_pixels(images: Array, kernel: Array, window: Window) -> bool:
-  """Whether products beat the convolution and its gradient to the images: fewer pixels than channels and features."""
-  pixels = images.shape[0] * math.prod(window.output_size(*images.shape[1:3]))
-  is_small = 1 < math.prod(window.size) <= _LARGEST_WINDOW
-  return window.stride == (1, 1) and is_small and max(pixels, _LARGE_KERNEL) <= min(kernel.shape[2:])
-
-
-def convolve(images: Array, kernel: Array, window: Window, precision: Any) -> Array:
-  """The convolution as [x_11 x_12 ...] k, x_ij what tap (i, j) sees: one product, which reads the kernel as it lies."""
-  seen = jnp.concatenate(_taps(images, window), 3)
-  product = lax.dot(seen.reshape(-1, seen.shape[3]), kernel.reshape(-1, kernel.shape[3]), precision=precision)
-  return product.reshape(*seen.shape[:3], -1)
-
-
-def transposed_convolve(cotangent: Array, kernel: Array, window: Window, precision: Any) -> Array:
-  """Gradient to the images: dx = sum_ij g_ij k[i,j]^T, g_ij the cotangent where tap (i, j) sees each pixel."""
-  # Each tap's kernel is transposed by the product; as a convolution XLA would write all of it transposed first.
-  transposed = (((3,), (1,)), ((), ()))
-  mirrored = zip(window.taps, reversed(_taps(cotangent, window.mirrored)), strict=True)
-  return functools.reduce(operator.add, (lax.dot_general(g, kernel[tap], transposed, precision) for tap, g in mirrored))
-
-
-def _taps(images: Array, window: Window) -> list[Array]:
-  padded = pad_images(images, window.padding)
-  return [tap_of_padded(padded, window, tap, *window.output_size(*images.shape[1:3])) for tap in window.taps]

@@ -69,10 +69,11 @@ def correct_bias(
 
   Args:
     quantized: the student; its weights, grids and ranges stay as they are.
-    images: f32[n,h,w,c] in [0,1], such as the calibration set. Images that do not fill a whole batch are left out.
-    reference: the network whose moments are wanted; default: the student's own float weights.
+    images: f32[n,h,w,c] in [0,1], such as the calibration set.
+    reference: the network whose moments are wanted; default: the student's own float weights, which a reconstructed student
+      does not have.
     variance: whether BatchNorm's variances are corrected as well.
-    batch_size: images over which a mean is taken; errors are averaged over batches.
+    batch_size: most images over which a mean is taken. Batches are as equal as possible; errors are averaged over images.
     devices: number of devices per process, the devices, or None: all accelerators, or one CPU per process.
     progress: show a progress bar.
     should_stop: called after each batch; True ends the pass.
@@ -82,23 +83,27 @@ def correct_bias(
 
   Raises:
     DataError: there are no images, or they do not fit the network.
-    KwjaxError: no layer that is called once has a bias or BatchNorm.
+    KwjaxError: no layer that is called once has a bias or BatchNorm; or a reconstructed student comes without `reference`.
     Interrupted: `should_stop` returned True, in any process.
 
   Source: Nagel et al. (2019), "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv:1906.04721, 4.2
   and appendix D; for the variance Sun et al. (2019), "Hybrid 8-bit Floating Point (HFP8) Training and Inference", 3.1, who
   tune BatchNorm's statistics after quantization.
   """
+  if reference is None and quantized.grids:
+    raise KwjaxError(
+      f"{quantized.name} is reconstructed: its weights are rounded already, so pass the float network as reference="
+    )
   reference = quantized.network if reference is None else reference
   check_images(reference, images)
   check_batch_size(batch_size)
-  places, size = _places(reference), min(batch_size, len(images))
+  places = _places(reference)
   batches = forward_batches(
     _compare,
     # An argument of the program, so that one program serves both corrections.
     (quantized, reference, jnp.asarray(variance)),
-    images[: len(images) - len(images) % size],
-    batch_size=size,
+    images,
+    batch_size=batch_size,
     description="bias correction",
     devices=devices,
     progress=progress,
@@ -106,8 +111,8 @@ def correct_bias(
     options={"places": places},
   )
   # The shifts are equal on all devices.
-  parts = [jax.tree.map(lambda shift: np.float64(shift[0]), shifts) for shifts, _ in batches]
-  total = jax.tree.map(lambda *values: sum(values) / len(values), *parts)
+  parts, counts = zip(*((jax.tree.map(lambda shift: np.float64(shift[0]), found), n) for found, n in batches))
+  total = jax.tree.map(lambda *values: np.average(values, axis=0, weights=counts), *parts)
   return quantized.replace(variables=_corrected(quantized.variables, total, places))
 
 

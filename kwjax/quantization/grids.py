@@ -78,7 +78,8 @@ def _affine0(lo: Array, hi: Array, bits: int) -> Grid:
 
 def _midrise(lo: Array, hi: Array, bits: int) -> Grid:
   top = 2**bits - 1
-  scale = 2.0 * _positive(jnp.maximum(-lo, hi) / top)
+  # No level is zero: a channel of zeros gets the smallest levels, with which nothing comes out of it.
+  scale = 2.0 * jnp.maximum(jnp.maximum(-lo, hi) / top, 2.0 * _SMALLEST)
   return Grid(scale, jnp.full_like(scale, top / 2), 0, top)
 
 

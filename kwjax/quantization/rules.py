@@ -92,7 +92,7 @@ class QuantRules:
     overrides: pairs of a pattern and bits. A pattern is a layer path, a regular expression that matches a whole path,
       "1x1", "first" or "last".
     weights: weight scheme, a name in `WEIGHT_SCHEMES`; or "auto": affine from 4 bits, symfull at 2 and 3; or "integer":
-      affine0 from 4 bits, symfull at 2 and 3, which both have an integer form.
+      affine0 from 4 bits, midrise at 2 and 3, which both have an integer form.
     ranges: range method, a name in `RANGE_METHODS`.
     weights_range: "minmax" or "mse", see `WEIGHT_RANGES`.
   """
@@ -164,9 +164,8 @@ class QuantRules:
       return None
     if self.weights not in (AUTO, INTEGER):
       return self.weights
-    if weight_bits < 4:
-      return "symfull"
-    return "affine" if self.weights == AUTO else "affine0"
+    few, many = ("symfull", "affine") if self.weights == AUTO else ("midrise", "affine0")
+    return few if weight_bits < 4 else many
 
   def resolve(self, network: Network) -> dict[str, LayerRule]:
     """The rule of every convolution and dense layer of a network, in execution order.

@@ -45,7 +45,7 @@ class ReconstructConfig:
   batch_size: int = 32
   rounding_rate: float | None = None
   step_rate: float = 1e-3
-  scale_rate: float = 0.0
+  scale_rate: float = 1e-3
   regularizer: float = 0.02
   warmup: float = 0.2
   beta_start: float = 20.0
@@ -78,14 +78,21 @@ class ReconstructConfig:
     """Settings by name; `changes` replace fields.
 
     - "fast": 200 iterations a unit.
-    - "published": 20,000 iterations, lambda 0.01, activation steps at 4e-5; Wei et al. (2022), the released code.
+    - "published": 20,000 iterations, lambda 0.01, activation steps at 4e-5, weight scales as they are; Wei et al. (2022), the
+      released code.
 
     Raises:
       KwjaxError: the name is unknown.
     """
     presets: dict[str, dict[str, Any]] = {
       "fast": {},
-      "published": {"iterations": 20_000, "regularizer": 0.01, "step_rate": 4e-5, "rounding_rate": 1e-3},
+      "published": {
+        "iterations": 20_000,
+        "regularizer": 0.01,
+        "step_rate": 4e-5,
+        "rounding_rate": 1e-3,
+        "scale_rate": 0.0,
+      },
     }
     if name not in presets:
       raise KwjaxError(f"unknown preset {name!r}; known: {', '.join(presets)}")

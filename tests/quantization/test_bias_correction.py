@@ -83,9 +83,20 @@ def test_devices_and_batches(network, images):
   one, two, five = (correct_bias(copy, images, variance=True, devices=n) for n in (1, 2, 5))
   for other in (two, five):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.variables, other.variables)
-  # Batches of 5, 5 and a rest of 2 that is left out: as the first ten by fives.
-  by_five, ten = correct_bias(copy, images, batch_size=5), correct_bias(copy, images[:10], batch_size=5)
-  jax.tree.map(np.testing.assert_array_equal, by_five.variables, ten.variables)
+
+
+def test_every_image_counts_alike(network, images):
+  copy = copy_of(network, images)
+  # At most 5 a batch: of 11 images batches of 3, 4 and 4. What a batch finds is added, so it is averaged over images.
+  found = correct_bias(copy, images[:11], batch_size=5, variance=True).variables
+  parts = [
+    jax.tree.map(
+      lambda x, share=len(part) / 11: share * np.float64(x), correct_bias(copy, part, variance=True).variables
+    )
+    for part in (images[:3], images[3:7], images[7:11])
+  ]
+  expected = jax.tree.map(lambda *values: sum(values), *parts)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
 def test_stacked_layers(stacked_networks):

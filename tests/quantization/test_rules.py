@@ -66,7 +66,7 @@ def test_auto_scheme_follows_the_bits(network):
   assert schemes == {"stem": "affine", "depthwise": "symfull", "pointwise": "symfull", "classifier": "affine"}
   whole = dataclasses.replace(rules, weights="integer").resolve(network)
   schemes = {name: rule.weight_scheme for name, rule in whole.items()}
-  assert schemes == {"stem": "affine0", "depthwise": "symfull", "pointwise": "symfull", "classifier": "affine0"}
+  assert schemes == {"stem": "affine0", "depthwise": "midrise", "pointwise": "midrise", "classifier": "affine0"}
   fixed = QuantRules.parse("2w4a", weights="midrise").resolve(network)
   assert {rule.weight_scheme for rule in fixed.values()} == {"midrise"}
 

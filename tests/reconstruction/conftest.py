@@ -25,7 +25,7 @@ class Residual(nn.Module):
 
 
 def student_of(network: Network, images: np.ndarray, bits: str = "3w4a", **options: object) -> QuantizedNetwork:
-  rules = QuantRules.parse(bits, weights="integer", **options)
+  rules = QuantRules.parse(bits, **{"weights": "symfull", **options})
   ranges = calibrate(network, images, rules, key=jax.random.key(0), steps=4, batch_size=8, chunk=4)
   return quantize(network, rules, ranges)
 

@@ -21,7 +21,7 @@ from kwjax.reconstruction.units import find_units
 from tests.foreign.conftest import STYLES, make_network
 from tests.reconstruction.conftest import student_of
 
-CONFIG = ReconstructConfig(iterations=200, batch_size=8)
+CONFIG = ReconstructConfig(iterations=200, batch_size=8, scale_rate=0.0)
 KEY = jax.random.key(4)
 
 
@@ -108,6 +108,14 @@ def test_a_reconstructed_student_is_saved_exported_and_distilled_as_any_other(
   session = onnxruntime.InferenceSession(tmp_path / "student.onnx")
   (logits,) = session.run(None, {session.get_inputs()[0].name: pictures[:4]})
   np.testing.assert_allclose(logits, found.apply(pictures[:4]), atol=1e-3)
+  # Its own weights are rounded, so means of theirs would be corrected towards the wrong network.
+  with pytest.raises(KwjaxError, match="pass the float network as reference="):
+    kwjax.correct_bias(found, pictures)
+  corrected = kwjax.correct_bias(found, pictures, reference=residual)
+  bias = lambda network: network.variables["params"]["classifier"]["bias"]
+  drift = found.apply(pictures).mean(0) - residual.apply(pictures).mean(0)
+  assert np.abs(corrected.apply(pictures).mean(0) - residual.apply(pictures).mean(0)).max() < 0.1 * np.abs(drift).max()
+  assert np.abs(bias(corrected) - bias(found)).max() > 0
   config = kwjax.DistillConfig(steps=2, batch_size=8, iq_weight=0.0, learning_rate=1e-3)
   tuned = kwjax.distill(found, residual, pictures, config, key=KEY)
   assert np.isfinite(tuned.apply(pictures)).all()
