@@ -7,7 +7,7 @@
 --run is the folder of a main job, which holds the network it ended with; --network is a folder of `kwjax.save_quantized`, or of a
 float network for a float file. The file is read back and run on images of the run (Gaussian ones without a run), ONNX by
 onnxruntime on the CPU, and its logits are compared with those of the simulated network; with --eval-data top-1 of both.
-Integer weights need a weight scheme with integer levels: run the main job with --weight-scheme affine0, sym or symfull.
+Integer weights need a weight scheme with integer levels: run the main job with --weight-scheme affine0, midrise, sym or symfull.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ Rows:
 
     ranges                    calibrated, nothing else
     means, moments            BatchNorm's means, or means and variances, are corrected (Nagel et al. 2019)
-    reconstructed             moments, then rounding and ranges are chosen block by block (AdaRound, BRECQ, QDrop)
+    reconstructed             rounding and ranges are chosen block by block (AdaRound, BRECQ, QDrop)
     reconstructed+means       then the means are corrected
+    reconstructed+moments     then the means and variances
     fine-tuned                moments, then SGD on the KL from the float network
     reconstructed+fine-tuned  reconstructed, then the same SGD
 
@@ -89,6 +90,7 @@ STEPS: Mapping[str, Steps] = {
   "moments": Steps(correction="moments"),
   "reconstructed": Steps(reconstructs=True),
   "reconstructed+means": Steps(reconstructs=True, correction="means"),
+  "reconstructed+moments": Steps(reconstructs=True, correction="moments"),
   "fine-tuned": Steps(correction="moments", tunes=True),
   "reconstructed+fine-tuned": Steps(reconstructs=True, tunes=True),
 }
@@ -177,10 +179,9 @@ class _Work:
     steps, reference = STEPS[row], made.network
     if steps.reconstructs:
       key = stream_key(seed, RECONSTRUCT_KEY)
-      # Three rows go on from it, so it is kept beside their own folders.
+      # Four rows go on from it, so it is kept beside their own folders.
       name = digest([source.settings, made.rules.to_json(), self.config.to_json(), seed])
       kept = workspace._replace(scratch=workspace.folder / "reconstructions")
-      made = student.corrected(workspace, made, images, "moments")
       made, _ = student.reconstructed(kept, made, images, self.config, reference=reference, key=key, name=name)
     made = student.corrected(workspace, made, images, steps.correction, reference=reference)
     if steps.tunes:

@@ -43,12 +43,12 @@ class Options:
   overrides: tuple[str, ...] = ()
   """Exceptions to --bits, each PATTERN=BITS: a layer path, a regular expression, or `1x1` (1x1=8w8a)."""
   weight_scheme: Literal["integer", "auto", "affine", "affine0", "sym", "symfull", "midrise"] | None = None
-  """Grid of the weights. integer: affine0 from 4 bits on, symfull below; such students are saved and exported as integers. auto:
+  """Grid of the weights. integer: affine0 from 4 bits on, midrise below; such students are saved and exported as integers. auto:
   affine instead of affine0, the paper's, which has no integer form. Default: auto under --calibration paper, else integer."""
   calibration: Literal["best", "paper"] | None = None
-  """best: what made the best students without data (docs/results.md): weight ranges of least squared error from 3 bits on,
-  and the moments of all channels brought back to the float network's, unless held-out images speak against it. paper:
-  extremes alone. Default: paper under --preset paper, else best."""
+  """best: what made the best students without data (docs/accuracy.md): ranges of least squared error, of activations below 8
+  bits only, and the moments of all channels brought back to the float network's, unless held-out images speak against it.
+  paper: extremes alone. Default: paper under --preset paper, else best."""
   range_method: Literal["sample", "chunk", "percentile", "mse", "entropy"] | None = None
   """Activation ranges: the mean over samples of each one's extremes, or over chunks of 16 of the chunk's; or, of all values,
   99.99 %, the range of least squared error, or of least KL. Default: by --calibration."""

@@ -94,7 +94,7 @@ def about_calibration(
     )
     found.append(_about_weight_ranges(name, rules, method))
   found.append(
-    Decision(f"activations of {name}", f"Ranges by the method {rules.ranges!r}.", "They stay as they are from then on.")
+    Decision(f"activations of {name}", f"Ranges by the method {rules.ranges!r}.", _why_ranges(method, rules))
   )
   if equalized_pairs is not None:
     found.append(
@@ -136,7 +136,8 @@ def about_reconstruction(bits: str, tried: Mapping[str, float | None], reports: 
   Args:
     bits: the precision.
     tried: KL on the held-out images of the calibrated student, of the reconstructed one ("reconstructed") and of that with
-      its means corrected ("means"), the one that was taken first; empty where 8 bits make it needless.
+      its means ("means") or its moments corrected ("moments"), the one that was taken first; empty where 8 bits make it
+      needless.
     reports: of the units.
   """
   about = f"reconstruction of {bits}"
@@ -149,14 +150,24 @@ def about_reconstruction(bits: str, tried: Mapping[str, float | None], reports: 
     "calibrated": "The calibrated student is kept.",
     "reconstructed": f"Rounding and activation steps of {kept} of {len(reports)} units are reconstructed.",
     "means": f"{kept} of {len(reports)} units are reconstructed, and the means of all channels corrected.",
+    "moments": f"{kept} of {len(reports)} units are reconstructed, and the means and variances of all channels corrected.",
   }[taken]
   if not numbers:
     return Decision(about, choice, "No image is held out, so nothing speaks against it.", numbers)
   before = numbers["kl_calibrated"]
-  after = min(numbers["kl_reconstructed"], numbers["kl_means"]) if taken == "calibrated" else numbers[f"kl_{taken}"]
+  others = [kl for name, kl in numbers.items() if name != "kl_calibrated"]
+  after = min(others) if taken == "calibrated" else numbers[f"kl_{taken}"]
   reason = f"It takes the KL from the float network on the held-out images from {before:.3g} to {after:.3g} nats"
   chance = ", a gain within a standard error" if taken == "calibrated" and after < before else ""
   return Decision(about, choice, f"{reason}{chance}.", numbers)
+
+
+def _why_ranges(method: Method, rules: QuantRules) -> str:
+  if method.ranges != "by-bits":
+    return "The method says so for all bits."
+  if rules.ranges == "mse":
+    return "With few levels the least squared error counts for more than the rare extremes."
+  return "With 8 bits the extremes of each image cost little."
 
 
 def _about_weight_ranges(name: str, rules: QuantRules, method: Method) -> Decision:

@@ -193,7 +193,7 @@ def reconstructed(
 
   Args:
     workspace: where; its network is the float one.
-    student: calibrated, and corrected where that helps.
+    student: calibrated.
     images: f32[n,h,w,c] in [0,1].
     config: how.
     reference: the float network that the student was made of.

@@ -75,8 +75,15 @@ def test_the_main_job_takes_the_best_method_and_the_papers_on_demand() -> None:
   assert rules["4w4a"].describe() == "4w4a, first/last 8w8a, weights affine, ranges sample"
 
 
+@pytest.mark.parametrize(("bits", "expected"), [("8w4a", "mse"), ("4w8a", "sample"), ("2w32a", "sample")])
+def test_the_best_activation_range_depends_on_the_bits(bits: str, expected: str) -> None:
+  assert BEST.applied(QuantRules.parse(bits)).ranges == expected
+  assert method_of(Options(range_method="entropy")).applied(QuantRules.parse(bits)).ranges == "entropy"
+
+
 @pytest.mark.parametrize(("bits", "expected"), [("2w4a", "minmax"), ("3w4a", "mse"), ("4w8a", "mse"), ("32w8a", "mse")])
-def test_the_best_weight_range_depends_on_the_bits(bits: str, expected: str) -> None:
-  assert BEST.applied(QuantRules.parse(bits)).weights_range == expected
+def test_the_best_weight_range_depends_on_the_grid(bits: str, expected: str) -> None:
+  assert BEST.applied(QuantRules.parse(bits)).weights_range == expected  # symfull at 2 bits
+  assert BEST.applied(QuantRules.parse(bits, weights="integer")).weights_range == "mse"
   assert method_of(Options(weight_range="mse")).applied(QuantRules.parse(bits)).weights_range == "mse"
   assert method_of(Options(calibration="paper")).applied(QuantRules.parse(bits)).weights_range == "minmax"
