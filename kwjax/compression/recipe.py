@@ -134,15 +134,15 @@ def compress(
     first_last: bits of the first convolution and of the last layer; None treats them like the rest.
     overrides: bits of some layers, as of `QuantRules.parse`.
     weights: weight scheme, as of `QuantRules.parse`. Default: "integer"; "auto" with calibration "paper".
-    num_images: images to calibrate and fine-tune with. Default: 384 up to 64 pixels, 40 beyond; of given ones, three
+    num_images: images to calibrate and fine-tune with. Default: 384 up to 64 pixels, 64 beyond; of given ones, three
       quarters of an array.
-    held_out: images beside them, for the agreement with the float network alone. Default: 128 or 24; at most a quarter
+    held_out: images beside them, for the agreement with the float network alone. Default: 128 or 32; at most a quarter
       of given ones.
     views: of each synthetic image to calibrate and reconstruct with. The first is the image itself. More are drawn as in the
       synthesis; they help some networks and harm others.
     config: of the synthesis. Default: what suits the size of the images.
-    reconstruct: whether and how precisions below 8 bits are reconstructed. True: up to 64 pixels; beyond, it
-      takes longer than all other steps together.
+    reconstruct: whether and how precisions below 8 bits are reconstructed. True: 150 iterations of 32 images a unit up to 64
+      pixels, 100 of 8 beyond.
     finetune: whether and how the last precision is fine-tuned. True and `FineTuning` leave open what depends on how good the
       student is: one that is reconstructed and near the float network is not fine-tuned. A `DistillConfig` says everything.
     baselines: further image sets that every precision is calibrated with, for comparison only:

@@ -52,8 +52,7 @@ class Sizes:
 _PRESETS: dict[tuple[str, bool], Sizes] = {
   # (preset, whether images are small): CIFAR-sized networks and ImageNet-sized ones
   ("cpu", True): Sizes(384, 128, 120, 128, 1, 120, 64, 200, 256, 150, 32),
-  # A reconstruction of large images would take longer than all other steps together.
-  ("cpu", False): Sizes(40, 24, 60, 32, 1, 40, 16, 200, 256, 0, 8),
+  ("cpu", False): Sizes(64, 32, 60, 32, 1, 40, 16, 200, 256, 100, 8),
   (PUBLISHED, True): Sizes(500, 125, 1000, 800, 4, 16000, 256, 200, 256, 0, 32),
   (PUBLISHED, False): Sizes(10000, 2500, 1000, 80, 4, 44000, 256, 200, 256, 0, 32),
   ("smoke", True): Sizes(8, 2, 3, 10, 1, 2, 4, 2, 16, 2, 4),

@@ -62,7 +62,9 @@ class Method(NamedTuple):
 
   def applied(self, rules: QuantRules) -> QuantRules:
     """Rules with this method's ranges."""
-    return dataclasses.replace(rules, ranges=self.range_of_activations(rules), weights_range=self.range_of_weights(rules))
+    return dataclasses.replace(
+      rules, ranges=self.range_of_activations(rules), weights_range=self.range_of_weights(rules)
+    )
 
   def describe(self) -> str:
     """What it does beside what rules say, in a few words for a protocol; empty if nothing."""
