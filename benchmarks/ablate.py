@@ -13,6 +13,7 @@ import importlib
 import pathlib
 import statistics
 import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,29 +28,33 @@ def _never(*arguments: Any) -> bool:
   return False
 
 
+def _put(module: types.ModuleType, **functions: Any) -> None:
+  vars(module).update(functions)
+
+
 def _drop_winograd() -> None:
   from kwjax.kernels import winograd
 
-  winograd.is_worthwhile = winograd.has_fast_kernel_gradient = _never
+  _put(winograd, is_worthwhile=_never, has_fast_kernel_gradient=_never)
 
 
 def _drop_kernel_products() -> None:
   from kwjax.kernels import im2col
 
-  im2col.has_fast_kernel_gradient = _never
+  _put(im2col, has_fast_kernel_gradient=_never)
 
 
 def _drop_grouped() -> None:
   from kwjax.kernels import dense
 
-  dense._neighbours = lambda channels, features: 1
+  _put(dense, _neighbours=lambda channels, features: 1)
 
 
 def _drop_depthwise() -> None:
   from kwjax.kernels import convolution
   from kwjax.kernels.windows import native_convolution
 
-  convolution.depthwise = lambda images, kernel, window: native_convolution(images, kernel, window, None)
+  _put(convolution, depthwise=lambda images, kernel, window: native_convolution(images, kernel, window, None))
 
 
 def _drop_depthwise_gradient() -> None:
@@ -58,13 +63,13 @@ def _drop_depthwise_gradient() -> None:
   from kwjax.kernels import convolution, depthwise
 
   # By autodiff of the sum of shifted images.
-  convolution.depthwise = jax.jit(depthwise._shifted, static_argnums=2, inline=True)
+  _put(convolution, depthwise=jax.jit(depthwise._shifted, static_argnums=2, inline=True))
 
 
 def _drop_parts() -> None:
   from kwjax.kernels import depthwise
 
-  depthwise.sum_over_parts = lambda function, images, cotangent, *sizes, **options: function(images, cotangent)
+  _put(depthwise, sum_over_parts=lambda function, images, cotangent, *sizes, **options: function(images, cotangent))
 
 
 def _drop_pointwise() -> None:
@@ -72,21 +77,28 @@ def _drop_pointwise() -> None:
   from kwjax.kernels.windows import Window, native_convolution
 
   window = Window((1, 1), (1, 1), ((0, 0), (0, 0)))
-  convolution._pointwise = lambda images, kernel, precision: native_convolution(
-    images, kernel[None, None], window, precision
+  _put(
+    convolution,
+    _pointwise=lambda images, kernel, precision: native_convolution(images, kernel[None, None], window, precision),
   )
 
 
 def _drop_max_pool() -> None:
   from kwjax.kernels import layers
 
-  layers._pool = lambda module, x, proceed: proceed(x)
+  _put(layers, _pool=lambda module, x, proceed: proceed(x))
+
+
+def _drop_computed_once() -> None:
+  from kwjax.kernels import layers
+
+  _put(layers, _is_composite=lambda module: False)
 
 
 def _drop_wide_vectors() -> None:
   from kwjax.kernels import processor
 
-  processor.has_wide_vectors = lambda: False
+  _put(processor, has_wide_vectors=lambda: False)
 
 
 FORMS: dict[str, Callable[[], None]] = {
@@ -98,6 +110,7 @@ FORMS: dict[str, Callable[[], None]] = {
   "depthwise_parts": _drop_parts,
   "pointwise": _drop_pointwise,
   "max_pool": _drop_max_pool,
+  "computed_once": _drop_computed_once,
   "wide_vectors": _drop_wide_vectors,
 }
 """Each takes one form out of this process."""

@@ -135,7 +135,7 @@ def reconstructed(
     workspace, calibrated.plain, images, config, reference=reference, key=key, name=f"reconstruction-{bits}"
   )
   workspace.log(f"reconstructed {len(reports)} units of {bits} in {time.monotonic() - start:.0f} s")
-  tried = {
+  tried: dict[str, QuantizedNetwork] = {
     "calibrated": calibrated.student,
     "reconstructed": made,
     **{name: student.corrected(workspace, made, images, name, reference=reference) for name in AFTERWARDS},
