@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from kwjax.errors import KwjaxError
 from kwjax.modules import leaves_behind
 from kwjax.network import ApplyFn, Array, Network, Variables
+from kwjax.subclasses import note_passed_on, passing_on
 
 _COLLECTION = "batch_stats"
 _RECORD = "kwjax_out"
@@ -67,6 +68,8 @@ def layer_name(module: nn.Module) -> str:
 def intercept(apply: ApplyFn, selects: Callable[[nn.Module], bool], handle: Handler) -> ApplyFn:
   """Wrap `apply` so that `handle` replaces the `__call__` of every selected module.
 
+  Of a subclass of `nn.BatchNorm` it replaces BatchNorm's own.
+
   The interceptor is entered inside the returned function, so that jit traces it. Entered outside, it would have no effect
   on a function that was traced before.
   """
@@ -75,6 +78,11 @@ def intercept(apply: ApplyFn, selects: Callable[[nn.Module], bool], handle: Hand
     module = context.module
     if context.method_name != "__call__" or module.is_initializing() or not selects(module):
       return next_fun(*args, **kwargs)
+    if isinstance(module, nn.BatchNorm):
+      # What a subclass does around BatchNorm is its own: `handle` gets the call that it passes on.
+      if inspect.unwrap(context.orig_method.func) is not inspect.unwrap(nn.BatchNorm.__call__):
+        return passing_on(module, lambda: next_fun(*args, **kwargs))
+      note_passed_on(module)
     if not args and _first_parameter(type(module).__call__) is None:
       return next_fun(**kwargs)  # a module without input, such as a learned scale, is no layer
     if args:

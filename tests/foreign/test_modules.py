@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.core
@@ -14,10 +15,12 @@ import pytest
 
 import kwjax
 from kwjax.distillation import stage_outputs
+from kwjax.errors import KwjaxError
 from kwjax.intercept import matmul_layers
 from kwjax.training import initial_variables
 from tests.foreign.conftest import make_network
 from tests.foreign.modules import SetupNet, TwoHeads
+from tests.networks import random_network
 
 IMAGES = jax.random.uniform(jax.random.key(3), (6, 8, 8, 3))
 EVALUATION = {"train": False}
@@ -176,3 +179,50 @@ def test_frozen_dicts_and_half_precision() -> None:
   # Eight significant bits in the values, but not in their statistics.
   assert measured["BatchNorm_0"].var.dtype == jnp.float32
   np.testing.assert_allclose(measured["BatchNorm_0"].var, expected["BatchNorm_0"].var, rtol=0.02)
+
+
+class NormalizedRelu(nn.BatchNorm):
+  """A BatchNorm with its activation inside."""
+
+  @nn.compact
+  def __call__(self, x, use_running_average=None):
+    return nn.relu(super().__call__(x, use_running_average))
+
+
+class Replaced(nn.BatchNorm):
+  """A BatchNorm in name only."""
+
+  @nn.compact
+  def __call__(self, x, use_running_average=None):
+    self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+    self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
+    return 2 * x
+
+
+class WithNorm(nn.Module):
+  norm: type
+  activation: Callable = lambda x: x
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = self.activation(self.norm(use_running_average=not train, name="norm")(nn.Conv(4, (3, 3), name="conv")(x)))
+    return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+def test_what_a_subclass_does_around_batch_norm_is_its_own():
+  plain, inside = (
+    random_network(WithNorm(*options), image_shape=(6, 6, 3), seed=2)
+    for options in ((nn.BatchNorm, nn.relu), (NormalizedRelu,))
+  )
+  images = jax.random.uniform(jax.random.key(0), (4, 6, 6, 3))
+  observe = jax.jit(kwjax.observe)
+  (expected, moments), (found, same) = observe(plain, images), observe(inside, images)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  np.testing.assert_allclose(found, inside.apply(images), rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(same["norm"].mean, moments["norm"].mean)
+
+
+def test_a_batch_norm_that_never_calls_its_own_is_refused():
+  network = random_network(WithNorm(Replaced), image_shape=(6, 6, 3), seed=2)
+  with pytest.raises(KwjaxError, match=r"layer norm is a Replaced, .* never calls super\(\)\.__call__"):
+    kwjax.observe(network, jnp.zeros((2, 6, 6, 3)))

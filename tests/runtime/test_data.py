@@ -394,3 +394,55 @@ def test_real_imagenet_zip(shared_data: pathlib.Path) -> None:
   whole = load_data(str(path))
   assert whole.image_shape == (256, 256, 3)
   np.testing.assert_array_equal(data.read([499])[0], whole.read([499])[0, 16:240, 16:240])
+
+
+def test_a_class_folder_without_images_counts_or_is_refused(tmp_path: pathlib.Path) -> None:
+  png = _png(_pixels(1)[0])
+  root = _write(tmp_path / "set", {"ant/a.png": png, "cat/b.png": png})
+  (root / "bee").mkdir()
+  assert load_data(str(root), num_classes=3).labels.tolist() == [0, 2]
+  for count in (None, 2):
+    with pytest.raises(DataError, match="folder bee holds no images"):
+      load_data(str(root), num_classes=count)
+  archive = tmp_path / "set.zip"
+  with zipfile.ZipFile(archive, "w") as file:
+    for name in ("ant/", "ant/a.png", "bee/", "cat/", "cat/b.png"):
+      file.writestr(name, png if name.endswith(".png") else b"")
+  assert load_data(str(archive), num_classes=3).labels.tolist() == [0, 2]
+
+
+def test_folders_inside_a_class_folder_belong_to_it(tmp_path: pathlib.Path) -> None:
+  png = _png(_pixels(1)[0])
+  deep = _write(tmp_path / "deep", {"dog/0.png": png, "dog/beach/sea/1.png": png, "zebra/2.png": png})
+  assert load_data(str(deep)).labels.tolist() == [0, 0, 1]
+  wrapped = _write(tmp_path / "wrapped", {"val/dog/0.png": png, "val/zebra/2.png": png})
+  assert load_data(str(wrapped)).labels.tolist() == [0, 1]
+  splits = _write(tmp_path / "splits", {"train/ant/0.png": png, "val/ant/1.png": png, "val/bee/2.png": png})
+  with pytest.raises(
+    DataError, match="folder train holds no images of its own, only folders with images, such as train/ant"
+  ):
+    load_data(str(splits))
+
+
+def test_linked_class_folders_are_followed_and_circles_are_not(tmp_path: pathlib.Path) -> None:
+  png = _png(_pixels(1)[0])
+  elsewhere = _write(tmp_path / "elsewhere", {"1.png": png})
+  root = _write(tmp_path / "set", {"ant/0.png": png, "cat/2.png": png})
+  (root / "bee").symlink_to(elsewhere, target_is_directory=True)
+  (root / "cat" / "up").symlink_to(root, target_is_directory=True)
+  assert load_data(str(root)).labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("dtype", "white"), [(np.uint16, 65535), (np.float32, 1.0)])
+def test_grey_images_of_more_than_8_bits_keep_their_values(tmp_path: pathlib.Path, dtype: type, white: float) -> None:
+  ramp = (np.linspace(0, 1, 64).reshape(8, 8) * white).astype(dtype)
+  path = tmp_path / ("0_ramp.png" if dtype is np.uint16 else "0_ramp.tiff")
+  PIL.Image.fromarray(ramp).save(path)
+  for channels in (1, 3):
+    found = load_data(str(tmp_path), image_shape=(8, 8, channels)).all()[0][0]
+    np.testing.assert_allclose(found, np.repeat(ramp[:, :, None] / white, channels, 2), atol=1e-6)
+  PIL.Image.fromarray(np.full((8, 8), 300.0, np.float32)).save(tmp_path / "1_wild.tiff")
+  with pytest.raises(
+    DataError, match=r"1_wild\.tiff: expected grey values from 0 to 1 \(PIL's mode F\), found 0 to 300"
+  ):
+    load_data(str(tmp_path), image_shape=(8, 8, 1)).read([1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import pathlib
 import re
 import zipfile
@@ -15,10 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from kwjax.errors import DataError
+from kwjax.runtime.data.folders import IGNORED, SUFFIXES, class_folders, class_indices, names_below
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-_IGNORED = (".", "__MACOSX")
-"""Prefixes of files and folders without images of the set."""
 _SPLITS = {"test": ("test",), "validation": ("validation", "val", "valid"), "train": ("train",)}
 # What decoders raise for a damaged or hostile file: `decode` OSError, SyntaxError (PNG) and ValueError; zipfile
 # BadZipFile, zlib.error (an Exception of its own), EOFError, RuntimeError (a password, an unknown compression); NumPy
@@ -107,15 +104,30 @@ class FileReader:
 
 
 def decode(data: bytes, channels: int) -> np.ndarray:
-  """Decode a JPEG, PNG, ... into uint8[h,w,channels], 1 (grey) or 3 (RGB); raises PIL's error for a bad file."""
+  """Decode a JPEG, PNG, ... into [h,w,channels], 1 (grey) or 3 (RGB): uint8, or f32 in [0, 1] of more than 8 bits.
+
+  Raises:
+    ValueError: grey values of 32 bits or floats lie outside the range that is known. PIL raises others for a bad file.
+  """
   import PIL.Image
 
   try:
     with PIL.Image.open(io.BytesIO(data)) as image:
+      if image.mode == "F" or image.mode.startswith("I"):
+        return np.repeat(_deep_grey(np.asarray(image), image.mode)[:, :, None], channels, axis=2)
       pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
   except PIL.Image.DecompressionBombError as error:
     raise ValueError(str(error)) from error  # else an Exception of its own
   return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _deep_grey(pixels: np.ndarray, mode: str) -> np.ndarray:
+  """Grey values f32[h,w] in [0, 1]; PIL would clip them at 255."""
+  white = 1 if mode == "F" else 65535  # PIL has 16 bits in modes I;16 and, of some files, I
+  low, high = pixels.min(initial=0), pixels.max(initial=0)
+  if not (low >= 0 and high <= white):
+    raise ValueError(f"expected grey values from 0 to {white} (PIL's mode {mode}), found {low:g} to {high:g}")
+  return pixels.astype(np.float32) / np.float32(white)
 
 
 def describe_shape(shape: tuple[int, ...]) -> str:
@@ -210,43 +222,27 @@ def open_path(path: pathlib.Path, split: str | None, num_classes: int | None) ->
     raise DataError(f"no such data: {path}")
   if path.is_dir():
     folder = path / split if split else path
-    names = _names_below(folder)
-    return _open_files(str(folder), names, lambda name: (folder / name).read_bytes(), num_classes)
+    names, folders = names_below(folder)
+    return _open_files(str(folder), names, folders, lambda name: (folder / name).read_bytes(), num_classes)
   if zipfile.is_zipfile(path):
     try:
       archive = zipfile.ZipFile(path)
     except UNREADABLE as error:
       raise DataError(f"cannot read {path}: {error}") from error
     prefix = f"{split}/" if split else ""
-    names = sorted(n for n in archive.namelist() if pathlib.PurePosixPath(n).suffix.lower() in _SUFFIXES)
+    names = sorted(n for n in archive.namelist() if pathlib.PurePosixPath(n).suffix.lower() in SUFFIXES)
     chosen = [n for n in names if n.startswith(prefix)]
-    return _open_files(str(path), chosen, archive.read, num_classes)
+    folders = {n.rstrip("/") for n in archive.namelist() if n.endswith("/") and n.startswith(prefix)}
+    return _open_files(str(path), chosen, folders, archive.read, num_classes)
   raise DataError(f"{path} is neither an .npz, a zip (or it is damaged) nor a folder of images")
 
 
-def _names_below(folder: pathlib.Path) -> list[str]:
-  """Image files in a folder and its subfolders, by relative path, sorted; they are not opened.
-
-  Raises:
-    DataError: a folder cannot be read. Skipping it would shift the labels of all classes after it.
-  """
-
-  def refuse(error: OSError) -> None:
-    raise DataError(f"cannot read {error.filename}: {error.strerror or error}") from error
-
-  found: list[pathlib.Path] = []
-  for place, inner, names in os.walk(folder, onerror=refuse):
-    inner[:] = [name for name in inner if not name.startswith(_IGNORED)]
-    found += [pathlib.Path(place, name) for name in names]
-  return sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() in _SUFFIXES)
-
-
 def _open_files(
-  place: str, names: list[str], load: Callable[[str], bytes], num_classes: int | None
+  place: str, names: list[str], folders: set[str], load: Callable[[str], bytes], num_classes: int | None
 ) -> tuple[Reader, np.ndarray | None]:
-  names = [n for n in names if not any(part.startswith(_IGNORED) for part in n.split("/"))]
+  names = [n for n in names if not any(part.startswith(IGNORED) for part in n.split("/"))]
   if not names:
-    raise DataError(f"{place} holds no images ({', '.join(sorted(_SUFFIXES))})")
+    raise DataError(f"{place} holds no images ({', '.join(sorted(SUFFIXES))})")
   parents = sorted({n.rpartition("/")[0] for n in names})
   source = FileReader(place, tuple(names), load)
   if len(parents) == 1:
@@ -259,20 +255,10 @@ def _open_files(
   if "" in parents:
     loose = next(n for n in names if "/" not in n)
     raise DataError(f"{place} holds images both in class folders and outside of them, such as {loose}")
-  index = _class_indices([parent.rpartition("/")[2] for parent in parents], num_classes, place)
-  return source, np.array([index[n.rpartition("/")[0].rpartition("/")[2]] for n in names])
-
-
-def _class_indices(folders: list[str], num_classes: int | None, place: str) -> dict[str, int]:
-  if len(set(folders)) != len(folders):
-    raise DataError(f"{place} holds two class folders of the same name, {max(folders, key=folders.count)}")
-  if num_classes in (None, 1000) and len(folders) < 1000 and all(re.fullmatch(r"n\d{8}", f) for f in folders):
-    from kwjax.runtime.data.tfds import tfds
-
-    known = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
-    if set(folders) <= set(known):
-      return {folder: known.index(folder) for folder in folders}
-  return {folder: i for i, folder in enumerate(sorted(folders))}
+  classes = class_folders(names, folders, num_classes, place)
+  index = class_indices([folder.rpartition("/")[2] for folder in classes], num_classes, place)
+  depth = classes[0].count("/")
+  return source, np.array([index[n.split("/")[depth]] for n in names])
 
 
 def _open_npz(path: pathlib.Path, split: str | None) -> tuple[Reader, np.ndarray | None]:
