@@ -10,7 +10,8 @@ from typing import Any
 from kwjax.cli.options import Options
 from kwjax.errors import KwjaxError
 from kwjax.network import Network, fingerprint
-from kwjax.runtime.files import canonical_json, sha256_file
+from kwjax.runtime.data.images import content_digest
+from kwjax.runtime.files import canonical_json
 
 
 def class_names(options: Options, network: Network) -> list[str] | None:
@@ -70,11 +71,6 @@ def result_settings(options: Options, network: Network) -> dict[str, Any]:
     "tensorboard",
   }
   settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in without_effect}
-  data = {name: _content(settings[name]) for name in ("eval_data", "real_data")}
+  specs = {name: settings[name] for name in ("eval_data", "real_data")}
+  data = {name: None if spec is None else content_digest(spec) for name, spec in specs.items()}
   return {**settings, "network": fingerprint(network), "data": data}
-
-
-def _content(spec: str | None) -> str | None:
-  """A checksum of the file that a data set is in, so that results on another content are not taken for its own."""
-  path = pathlib.Path((spec or "").removesuffix(":train").removesuffix(":test"))
-  return sha256_file(path)[:16] if spec and path.is_file() else None

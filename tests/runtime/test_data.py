@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 
 from kwjax.errors import DataError
-from kwjax.runtime.data.images import array_data, load_data
+from kwjax.runtime.data.images import array_data, content_digest, load_data
 from kwjax.runtime.data.readers import fit
 
 
@@ -446,3 +446,24 @@ def test_grey_images_of_more_than_8_bits_keep_their_values(tmp_path: pathlib.Pat
     DataError, match=r"1_wild\.tiff: expected grey values from 0 to 1 \(PIL's mode F\), found 0 to 300"
   ):
     load_data(str(tmp_path), image_shape=(8, 8, 1)).read([1])
+
+
+def test_the_digest_of_a_data_set_follows_its_content(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  png = _png(_pixels(1)[0])
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for name in ("one", "two"):
+    _write(tmp_path / name / "set", {"ant/a.png": png, "bee/b.png": png})
+  first = content_digest(str(tmp_path / "one" / "set"))
+  assert first is not None
+  assert content_digest(str(tmp_path / "two" / "set")) == content_digest("~/one/set:test") == first
+  (tmp_path / "one" / "set" / "ant").rename(tmp_path / "one" / "set" / "cat")  # all labels are others
+  assert content_digest(str(tmp_path / "one" / "set")) != first
+  (tmp_path / "two" / "set" / "bee" / "b.png").write_bytes(png + b" ")
+  assert content_digest(str(tmp_path / "two" / "set")) != first
+  (tmp_path / "a.npz").write_bytes(b"one")
+  assert content_digest(str(tmp_path / "a.npz")) == content_digest(f"{tmp_path}/a.npz:validation")
+  (tmp_path / "m-t10k-images-idx3-ubyte").write_bytes(b"one")
+  before = content_digest(str(tmp_path / "m-"))
+  (tmp_path / "m-t10k-images-idx3-ubyte").write_bytes(b"other")
+  assert None is not before != content_digest(str(tmp_path / "m-"))
+  assert content_digest("tfds:mnist") is None

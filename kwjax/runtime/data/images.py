@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+import hashlib
 import pathlib
 import re
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ import numpy as np
 from kwjax.errors import DataError
 from kwjax.runtime.data import idx, readers
 from kwjax.runtime.data.readers import Reader, describe_shape
+from kwjax.runtime.files import sha256_file
 
 Batch = tuple[np.ndarray, np.ndarray | None, np.ndarray]
 
@@ -126,8 +129,8 @@ def load_data(
   Forms of `spec`; `:SPLIT` can follow a set that has splits (default: test, else validation, else any other):
     `FILE.npz`: `test_images`/`test_labels`, `x_test`/`y_test` (train, val likewise), or `images`/`labels`.
     `FOLDER` or `FILE.zip` of images: named `CLASS_...` with CLASS an integer; or one folder for each class (sorted
-      folders are 0, 1, ...; a part of the ImageNet folders `nXXXXXXXX` keeps its indices among the 1000 classes); or
-      without classes.
+      folders are 0, 1, ..., and what lies deeper is of its class; a part of the ImageNet folders `nXXXXXXXX` keeps its
+      indices among the 1000 classes); or without classes.
     `FOLDER` or `FOLDER/PREFIX` of idx files, gzipped or not: `PREFIXt10k-images-idx3-ubyte.gz` and its siblings (MNIST,
       Fashion-MNIST, KMNIST, EMNIST), or one such file.
     `tfds:NAME` or `tfds:NAME/CONFIG:VERSION`: a prepared TensorFlow data set in array_record or parquet form, in
@@ -180,6 +183,23 @@ def load_data(
   # One image shows a wrong number of channels now rather than in the middle of a run.
   data.read([0])
   return data
+
+
+def content_digest(spec: str) -> str | None:
+  """What tells the content of a data set from another's: the bytes of a file, the names and sizes of the files in a folder.
+
+  Args:
+    spec: as of `load_data`.
+
+  Returns:
+    16 hexadecimal digits; None for a TensorFlow data set by its name, which has a version, and for what does not exist.
+  """
+  place = pathlib.Path(_split_of(spec, None)[0].removeprefix("tfds:")).expanduser()
+  if place.is_file():
+    return sha256_file(place)[:16]
+  files = place.rglob("*") if place.is_dir() else place.parent.glob(f"{glob.escape(place.name)}*-ubyte*")
+  found = [(path.relative_to(place.parent).as_posix(), path.stat().st_size) for path in files if path.is_file()]
+  return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16] if found else None
 
 
 def checked_labels(labels: np.ndarray | None, count: int, num_classes: int | None, name: str) -> np.ndarray | None:
