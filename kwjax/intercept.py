@@ -12,7 +12,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import flax.linen as nn
 import flax.traverse_util
@@ -80,7 +80,8 @@ def intercept(apply: ApplyFn, selects: Callable[[nn.Module], bool], handle: Hand
       return next_fun(*args, **kwargs)
     if isinstance(module, nn.BatchNorm):
       # What a subclass does around BatchNorm is its own: `handle` gets the call that it passes on.
-      if inspect.unwrap(context.orig_method.func) is not inspect.unwrap(nn.BatchNorm.__call__):
+      called = cast("functools.partial[Any]", context.orig_method)
+      if inspect.unwrap(called.func) is not inspect.unwrap(nn.BatchNorm.__call__):
         return passing_on(module, lambda: next_fun(*args, **kwargs))
       note_passed_on(module)
     if not args and _first_parameter(type(module).__call__) is None:

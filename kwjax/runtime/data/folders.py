@@ -26,7 +26,8 @@ def names_below(folder: pathlib.Path) -> tuple[list[str], set[str]]:
   found: list[pathlib.Path] = []
   folders: list[pathlib.Path] = []
   for place, inner, names in os.walk(folder, onerror=refuse, followlinks=True):
-    above = {os.path.realpath(parent) for parent in (place, *pathlib.Path(place).parents)}
+    here = pathlib.Path(os.path.abspath(place))
+    above = {os.path.realpath(parent) for parent in (here, *here.parents)}
     # A link to a folder above it would never end.
     inner[:] = [n for n in inner if not n.startswith(IGNORED) and os.path.realpath(os.path.join(place, n)) not in above]
     found += [pathlib.Path(place, name) for name in names]
