@@ -32,9 +32,9 @@ Network in, quantized network and report out; no data needed.
   kwjax compress --network networks/resnet20 --bits 8w8a 4w4a --workdir runs/resnet20
 
 Images are synthesized from the network's BatchNorm statistics. Every precision is calibrated on them. Those below 8
-bits are reconstructed block by block. All are compared with the float network on held-out images. The last precision
-is saved in WORKDIR/quantized, beside report.html, report.json and figures. The same command goes on where it was
-stopped.
+bits are reconstructed block by block for images up to 64 pixels. All are compared with the float network on held-out
+images. The last precision is saved in WORKDIR/quantized, beside report.html, report.json and figures. The same command
+goes on where it was stopped.
 Without --network, --arch and --weights it takes the embedded EfficientNet-Lite0 (extra `demo`)."""
 
 _CONVERT = """\

@@ -73,7 +73,8 @@ class Options:
   duplicates: ByPreset = None
   """Independently augmented copies of each image in a step."""
   reconstruct_iterations: ByPreset = None
-  """Iterations of the reconstruction of each block, for precisions below 8 bits; 0 leaves it out."""
+  """Iterations of the reconstruction of each block, for precisions below 8 bits; 0 leaves it out, as the preset cpu does for
+  images beyond 64 pixels."""
   reconstruct_batch_size: ByPreset = None
   """Images in each of them."""
   distill_steps: ByPreset = None

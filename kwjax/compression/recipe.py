@@ -142,7 +142,7 @@ def compress(
       synthesis; they help some networks and harm others.
     config: of the synthesis. Default: what suits the size of the images.
     reconstruct: whether and how precisions below 8 bits are reconstructed. True: 150 iterations of 32 images a unit up to 64
-      pixels, 100 of 8 beyond.
+      pixels, none beyond, where so few images can make it harm.
     finetune: whether and how the last precision is fine-tuned. True and `FineTuning` leave open what depends on how good the
       student is: one that is reconstructed and near the float network is not fine-tuned. A `DistillConfig` says everything.
     baselines: further image sets that every precision is calibrated with, for comparison only:
